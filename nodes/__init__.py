@@ -1,0 +1,1 @@
+"""The node functions and, below them, the engine. Importing this does nothing."""

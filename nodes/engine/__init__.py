@@ -1,0 +1,1 @@
+"""Everything that touches weights, latents and files. No UI and no ComfyUI from here down."""
