@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import copy
 import json
-import math
 import random
 import sys
 import time
@@ -133,7 +132,11 @@ def training_caption(scene: Scene, rng: random.Random) -> str:
     roll = rng.random()
     if roll < 0.10:
         return ""
-    omit = frozenset(rng.sample(("size", "colour", "motion", "background"), rng.choice((1, 1, 2)))) if roll < 0.2 else frozenset()
+    omit = (
+        frozenset(rng.sample(("size", "colour", "motion", "background"), rng.choice((1, 1, 2))))
+        if roll < 0.2
+        else frozenset()
+    )
     text = caption(scene, omit)
     return f"{text}, {rng.choice(tuple(STYLES.values()))}" if rng.random() < 0.08 else text
 
@@ -153,7 +156,10 @@ def make_latents(out: Path, count: int, seed: int) -> None:
             scenes += [vars(s) for s in group]
             if len(scenes) % 512 == 0:
                 print(json.dumps({"latents": len(scenes), "seconds": round(time.time() - started)}), flush=True)
-    torch.save({"latents": torch.cat(latents).clone(), "firsts": torch.cat(firsts).clone(), "scenes": scenes}, out / f"latents_{seed}.pt")
+    torch.save(
+        {"latents": torch.cat(latents).clone(), "firsts": torch.cat(firsts).clone(), "scenes": scenes},
+        out / f"latents_{seed}.pt",
+    )
 
 
 def load_latents(out: Path) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
@@ -171,7 +177,11 @@ class Trainer:
     def __init__(self, transformer, text, out: Path, name: str, steps: int, lr: float) -> None:
         self.transformer, self.text, self.steps, self.name = transformer, text, steps, name
         self.file = out / f"{name}_state.pt"
-        matrices = [p for n, p in transformer.named_parameters() if p.ndim == 2 and "transformer_blocks" in n and "norm" not in n]
+        matrices = [
+            p
+            for n, p in transformer.named_parameters()
+            if p.ndim == 2 and "transformer_blocks" in n and "norm" not in n
+        ]
         chosen = {id(p) for p in matrices}
         rest = [p for p in (*transformer.parameters(), *text.parameters()) if id(p) not in chosen and p.requires_grad]
         self.optimisers = [
@@ -257,7 +267,9 @@ def train(out: Path, stage: str, steps: int, size: int, lr: float, compiled: boo
     started, recent = time.time(), []
 
     def encode(prompts: list[str]) -> torch.Tensor:
-        return tokenizer(prompts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+        return tokenizer(
+            prompts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+        ).input_ids
 
     def condition_of(first: torch.Tensor) -> torch.Tensor | None:
         if stage != "i2v":
@@ -274,7 +286,11 @@ def train(out: Path, stage: str, steps: int, size: int, lr: float, compiled: boo
         trainer.transformer, trainer.text = trainer.average
         with torch.no_grad():
             prompts = [words(s, None) for s in held["scenes"]]
-            value = trainer.loss(trainer.transformer, x0, encode(prompts), t, noise, condition_of(held["firsts"])).mean().item()
+            value = (
+                trainer.loss(trainer.transformer, x0, encode(prompts), t, noise, condition_of(held["firsts"]))
+                .mean()
+                .item()
+            )
         trainer.transformer, trainer.text = live
         return value
 
@@ -293,7 +309,11 @@ def train(out: Path, stage: str, steps: int, size: int, lr: float, compiled: boo
         trainer.update(loss)
         recent.append(loss.item())
         if trainer.step % 50 == 0:
-            line = {"step": trainer.step, "seconds": round(time.time() - started), "loss": round(sum(recent) / len(recent), 4)}
+            line = {
+                "step": trainer.step,
+                "seconds": round(time.time() - started),
+                "loss": round(sum(recent) / len(recent), 4),
+            }
             recent.clear()
             if trainer.step % 200 == 0 or trainer.step == steps:
                 line["validation"] = round(validation(), 4)
@@ -322,10 +342,14 @@ def export(out: Path, to: Path) -> None:
     transformer.load_state_dict(state[0])
     text.load_state_dict(state[1])
     refined = out / "vae_refined"
-    vae = AutoencoderKLCogVideoX.from_pretrained(refined if refined.exists() else out / "vae", torch_dtype=torch.bfloat16)
+    vae = AutoencoderKLCogVideoX.from_pretrained(
+        refined if refined.exists() else out / "vae", torch_dtype=torch.bfloat16
+    )
     folder = to / "cogloom-demo"
     tokenizer = write_tokenizer(out / "tokenizer")
-    pipe = CogVideoXPipeline(tokenizer, text.bfloat16(), vae, transformer.bfloat16(), CogVideoXDDIMScheduler(**SCHEDULER))
+    pipe = CogVideoXPipeline(
+        tokenizer, text.bfloat16(), vae, transformer.bfloat16(), CogVideoXDDIMScheduler(**SCHEDULER)
+    )
     pipe.save_pretrained(folder)
     if (out / "i2v_state.pt").exists():
         wide = widen(new_transformer())
@@ -344,12 +368,16 @@ def preview(out: Path, count: int, steps: int = 20, guidance: float = 4.0, sheet
     transformer.load_state_dict(state["average"][0])
     text.load_state_dict(state["average"][1])
     refined = out / "vae_refined"
-    vae = AutoencoderKLCogVideoX.from_pretrained(refined if refined.exists() else out / "vae", torch_dtype=torch.float32)
-    pipe = CogVideoXPipeline(write_tokenizer(out / "tokenizer"), text.eval(), vae, transformer.eval(), CogVideoXDDIMScheduler(**SCHEDULER))
+    vae = AutoencoderKLCogVideoX.from_pretrained(
+        refined if refined.exists() else out / "vae", torch_dtype=torch.float32
+    )
+    pipe = CogVideoXPipeline(
+        write_tokenizer(out / "tokenizer"), text.eval(), vae, transformer.eval(), CogVideoXDDIMScheduler(**SCHEDULER)
+    )
     pipe.set_progress_bar_config(disable=True)
     rng = random.Random(5)
     scenes = [random_scene(rng, train=False) for _ in range(count)]
-    right = {k: 0 for k in ("colour", "background", "shape", "size", "motion")}
+    right = dict.fromkeys(("colour", "background", "shape", "size", "motion"), 0)
     rows = []
     with torch.autocast("cpu", torch.bfloat16) if True else contextlib.nullcontext():
         for start in range(0, count, 8):
@@ -373,7 +401,10 @@ def preview(out: Path, count: int, steps: int = 20, guidance: float = 4.0, sheet
         from PIL import Image
 
         half = (len(rows) + 1) // 2
-        columns = [torch.cat(rows[:half]), torch.cat(rows[half:] + [torch.zeros_like(rows[0])] * (2 * half - len(rows)))]
+        columns = [
+            torch.cat(rows[:half]),
+            torch.cat(rows[half:] + [torch.zeros_like(rows[0])] * (2 * half - len(rows))),
+        ]
         Image.fromarray((torch.cat(columns, 1) * 255).round().byte().numpy()).save(sheet)
     return {"step": state["step"], "captions": count} | {k: round(v / count, 3) for k, v in right.items()}
 
@@ -389,7 +420,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=6400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="needs a C++ compiler; measured on two cores, see README.md")
+    parser.add_argument(
+        "--compile", action="store_true", help="needs a C++ compiler; measured on two cores, see README.md"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.stage == "latents":

@@ -159,17 +159,30 @@ def train(out: Path) -> None:
             for a, p in zip(average.parameters(), vae.parameters(), strict=True):
                 a.lerp_(p, 1 - decay)
         if step % 100 == 0 or step == len(plan) - 1:
-            line = {"step": step, "seconds": round(time.time() - started), "loss": round(loss.item(), 4), "kl": round(kl.item(), 3)}
+            line = {
+                "step": step,
+                "seconds": round(time.time() - started),
+                "loss": round(loss.item(), 4),
+                "kl": round(kl.item(), 3),
+            }
             if step % 500 == 0 or step == len(plan) - 1:
                 line |= {"psnr_17": round(psnr(average, 17), 2), "psnr_1": round(psnr(average, 1), 2)}
                 torch.save(
-                    {"vae": vae.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1},
+                    {
+                        "vae": vae.state_dict(),
+                        "average": average.state_dict(),
+                        "optimiser": optimiser.state_dict(),
+                        "step": step + 1,
+                    },
                     state_file,
                 )
             print(json.dumps(line), flush=True)
     fold_statistics(average)
     average.save_pretrained(out / "vae")
-    print(json.dumps({"folded": True, "psnr_17": round(psnr(average, 17), 2), "psnr_1": round(psnr(average, 1), 2)}), flush=True)
+    print(
+        json.dumps({"folded": True, "psnr_17": round(psnr(average, 17), 2), "psnr_1": round(psnr(average, 1), 2)}),
+        flush=True,
+    )
 
 
 def refine(out: Path, steps: int) -> None:
@@ -198,7 +211,18 @@ def refine(out: Path, steps: int) -> None:
             for a, p in zip(average.decoder.parameters(), vae.decoder.parameters(), strict=True):
                 a.lerp_(p, 1 - min(0.99, step / (step + 10)))
         if step % 200 == 0 or step == steps - 1:
-            print(json.dumps({"refine": step, "seconds": round(time.time() - started), "loss": round(loss.item(), 4), "psnr_17": round(psnr(average, 17), 2), "psnr_1": round(psnr(average, 1), 2)}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "refine": step,
+                        "seconds": round(time.time() - started),
+                        "loss": round(loss.item(), 4),
+                        "psnr_17": round(psnr(average, 17), 2),
+                        "psnr_1": round(psnr(average, 1), 2),
+                    }
+                ),
+                flush=True,
+            )
             average.save_pretrained(out / "vae_refined")
 
 

@@ -1,0 +1,436 @@
+"""The resident bases: load once, keep, lend.
+
+`Base` is a description. `Bases.session(base, adapters)` locks, loads the base only if it is not there, makes its
+transformer hold exactly the wanted adapters, and lends it. Every place that needs weights goes through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoints import DEMO, Checkpoint, fingerprint, open_checkpoint, part_bytes, part_files
+from .errors import CogLoomError, NotAModel, NotEnoughMemory, PlacementError, UsageError
+from .lora_file import Adapter, check_fits
+from .prompts import PromptCache
+from .switch import PristineFiles, Swap, Switch
+
+log = logging.getLogger("cogloom")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PLACEMENTS = ("auto", "resident", "model", "group", "sequential")
+SMALL = 512 << 20  # bytes; a text encoder up to this size stays loaded
+
+
+@dataclass(frozen=True)
+class Base:
+    """Which base and how to hold it. Equal descriptions mean the same resident base."""
+
+    name: str = DEMO
+    folder: str = ""
+    dtype: str = "auto"  # auto, fp32, bf16, fp16
+    device: str = "auto"  # auto, cuda, mps, cpu
+    placement: str = "auto"  # auto, resident, model, group, sequential
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for value, legal, what in (
+            (self.dtype, ("auto", *DTYPES), "dtype"),
+            (self.device, DEVICES, "device"),
+            (self.placement, PLACEMENTS, "placement"),
+        ):
+            if value not in legal:
+                raise UsageError(f"{what} {value!r} is none of {', '.join(legal)}.")
+
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(Path(self.folder))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a base is held, and why, in a sentence for the user."""
+
+    device: str
+    dtype: str
+    kind: str  # resident, model, group, sequential
+    reason: str
+
+
+def choose_device(wanted: str) -> str:
+    """Raises PlacementError when the device is not on this machine."""
+    have = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted == "auto":
+        return next(name for name, there in have.items() if there)
+    if not have[wanted]:
+        there = ", ".join(name for name, yes in have.items() if yes)
+        raise PlacementError(
+            f"This machine's PyTorch {torch.__version__} sees no {wanted} device (it has: {there}). Choose device auto"
+            + (", or install a CUDA build of PyTorch." if wanted == "cuda" else ".")
+        )
+    return wanted
+
+
+def free_memory(device: str) -> int:
+    """Bytes that could be taken on the device now."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    available = psutil.virtual_memory().available
+    if device == "mps":  # shared with the system
+        return min(available, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return available
+
+
+def plan_placement(
+    family_dtype: str, sizes: dict[str, int], activations: int, base: Base, device: str, free: int, ram: int
+) -> Placement:
+    """Pure. `sizes` are the parts' bytes on disk in 16 bit; `free` and `ram` bytes on the device and of memory.
+
+    Raises:
+        NotEnoughMemory, PlacementError
+    """
+    dtype = base.dtype
+    if dtype == "auto":
+        dtype = family_dtype if device != "cpu" or family_dtype == "fp32" else "bf16"
+    scale = 2 if dtype == "fp32" else 1
+    transformer, vae, text = (scale * sizes[k] for k in ("transformer", "vae", "text_encoder"))
+    gib = 1 / (1 << 30)
+    if device == "cpu":
+        if base.placement == "model":
+            raise PlacementError("Placement model moves a base between memory and a GPU; on the CPU choose auto.")
+        need = transformer + vae + activations
+        if need > ram:
+            raise NotEnoughMemory(
+                f"The base needs about {need * gib:.1f} GiB in {dtype} ({transformer * gib:.1f} for the transformer) and "
+                f"{ram * gib:.1f} GiB of memory are free. Close other programs, choose a smaller base"
+                + (", or dtype bf16." if dtype == "fp32" else ".")
+            )
+        kind = "resident" if base.placement == "auto" else base.placement
+        return Placement(
+            device, dtype, kind, f"{kind} in {dtype} on the CPU: {need * gib:.1f} of {ram * gib:.1f} GiB free"
+        )
+    need = {
+        "resident": transformer + vae + activations + (text if text <= SMALL else 0),
+        "model": max(transformer, text) + vae + activations,
+        "group": transformer // 20 + vae + activations,
+        "sequential": vae + activations,
+    }
+    if base.placement == "auto":
+        kind = next((k for k, n in need.items() if n <= 0.92 * free), None)
+        if kind is None:
+            raise NotEnoughMemory(
+                f"Even with sequential offload this base needs about {need['sequential'] * gib:.1f} GiB on {device} and "
+                f"{free * gib:.1f} are free. Turn VAE tiling on, choose fewer frames or a smaller size, or device cpu."
+            )
+        why = f"auto chose {kind}"
+    else:
+        kind, why = base.placement, f"{base.placement} as asked"
+    if kind != "resident" and transformer + vae > ram:
+        raise NotEnoughMemory(
+            f"Offload {kind} keeps {(transformer + vae) * gib:.1f} GiB in memory and {ram * gib:.1f} GiB are free."
+        )
+    return Placement(
+        device, dtype, kind,
+        f"{why} in {dtype}: {need[kind] * gib:.1f} of {free * gib:.1f} GiB free on {device}"
+        + (f" (resident would take {need['resident'] * gib:.1f})" if kind != "resident" else ""),
+    )  # fmt: skip
+
+
+class Resident:
+    """One base in memory: its transformer with the switch that owns its weights, its autoencoder, how it is placed."""
+
+    def __init__(self, base: Base, checkpoint: Checkpoint, placement: Placement, vae: torch.nn.Module) -> None:
+        self.base, self.checkpoint, self.placement, self.vae = base, checkpoint, placement, vae
+        self.device = torch.device(placement.device)
+        self.dtype = DTYPES[placement.dtype]
+        folder = checkpoint.part("transformer")
+        self.hash = fingerprint(folder)
+        self.transformer = load_transformer(checkpoint, self.dtype)
+        self.switch = Switch(self.transformer, PristineFiles(part_files(folder), self.dtype))
+        self.shapes = self.switch.shapes()
+        self._place()
+
+    def _place(self) -> None:
+        kind, model = self.placement.kind, self.transformer
+        if kind == "resident":
+            model.to(self.device)
+        elif kind == "group":
+            model.enable_group_offload(
+                onload_device=self.device,
+                offload_device=torch.device("cpu"),
+                offload_type="block_level",
+                num_blocks_per_group=1,
+                use_stream=self.device.type == "cuda",
+            )
+        elif kind == "sequential":
+            from accelerate import cpu_offload
+
+            cpu_offload(model, execution_device=self.device)
+        if self.base.compile:
+            # The class lists no repeated blocks, and without them diffusers refuses; one block compiled serves all.
+            model._repeated_blocks = ["CogVideoXBlock"]
+            model.compile_repeated_blocks(fullgraph=True)
+
+    @contextlib.contextmanager
+    def transformer_on_device(self) -> Iterator[None]:
+        """Placement `model`: on the device while denoising, off it while decoding. Others are where they belong."""
+        if self.placement.kind != "model":
+            yield
+            return
+        self.transformer.to(self.device)
+        try:
+            yield
+        finally:
+            self.transformer.to("cpu")
+            torch.cuda.empty_cache() if self.device.type == "cuda" else None
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A base lent for a while, with its stack in place. Do not keep it after the `with` block."""
+
+    resident: Resident
+    swap: Swap
+    loaded: bool  # this session had to load the base
+    encode: Callable[[Sequence[str]], torch.Tensor]  # prompts -> (B, text_length, D) in the base's dtype, on its device
+
+
+class Bases:
+    """All bases of this process. One is worked with at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._resident: OrderedDict[Base, Resident] = OrderedDict()
+        self._vaes: dict[tuple[str, str, str], torch.nn.Module] = {}
+        self._texts: dict[tuple[str, str], Any] = {}
+        self.loads = 0  # how often a base's transformer was read from disk; swaps never raise it
+
+    @contextlib.contextmanager
+    def session(
+        self,
+        base: Base,
+        adapters: Sequence[tuple[Adapter, float]] = (),
+        cache: Path | None = None,
+        note: Callable[[str], None] = log.info,
+        check: Callable[[], None] = lambda: None,
+    ) -> Iterator[Session]:
+        """Lend `base` holding exactly `adapters`; `cache` is the folder for prompt encodings, `check` may cancel.
+
+        Raises:
+            ModelError, AdapterMismatch, StackError; whatever `check` raises. The earlier stack then stays active.
+        """
+        with self._lock:
+            loads = self.loads
+            resident = self._ready(base, note)
+            checkpoint = resident.checkpoint
+            for adapter, _ in adapters:
+                check_fits(adapter, resident.shapes, checkpoint.name, checkpoint.family.width, checkpoint.family.blocks)
+            try:
+                swap = resident.switch.apply(adapters, check)
+                yield Session(
+                    resident, swap, self.loads > loads, lambda texts: self._encode(resident, texts, cache, note)
+                )
+            finally:
+                if resident.switch.spoiled:
+                    self.unload(base)
+
+    def _ready(self, base: Base, note: Callable[[str], None]) -> Resident:
+        if base in self._resident:
+            self._resident.move_to_end(base)
+            return self._resident[base]
+        checkpoint = base.checkpoint()
+        placement = self._plan(base, checkpoint)
+        note(f"loading {checkpoint.name}: {placement.reason}")
+        with _loading(checkpoint.name):
+            resident = Resident(base, checkpoint, placement, self._vae(checkpoint, placement))
+        self.loads += 1
+        self._resident[base] = resident
+        return resident
+
+    def _plan(self, base: Base, checkpoint: Checkpoint) -> Placement:
+        device = choose_device(base.device)
+        sizes = {k: part_bytes(checkpoint.part(k)) for k in ("transformer", "vae", "text_encoder")}
+        frames, width, height = checkpoint.defaults()
+        tokens = (frames // checkpoint.temporal + 1) * width * height // (checkpoint.spatial * checkpoint.patch) ** 2
+        # Both guidance branches hold about a dozen token-wide tensors in 16 bit; the decoder, tiled, about a GiB.
+        activations = tokens * checkpoint.family.width * 2 * 2 * 12 + width * height * 3 * 64
+        while True:
+            try:
+                return plan_placement(
+                    checkpoint.family.dtype, sizes, activations, base, device, free_memory(device), free_memory("cpu")
+                )
+            except NotEnoughMemory:
+                if not self._resident:
+                    raise
+                self.unload(next(iter(self._resident)))  # the one used longest ago
+
+    def _vae(self, checkpoint: Checkpoint, placement: Placement) -> torch.nn.Module:
+        """Shared between bases whose autoencoders are the same file: 5B and its I2V sibling load one."""
+        key = (fingerprint(checkpoint.part("vae")), placement.dtype, placement.device)
+        if key not in self._vaes:
+            self._vaes[key] = load_vae(checkpoint, DTYPES[placement.dtype]).to(placement.device)
+        return self._vaes[key]
+
+    def _encode(
+        self, resident: Resident, texts: Sequence[str], cache: Path | None, note: Callable[[str], None]
+    ) -> torch.Tensor:
+        checkpoint, placement = resident.checkpoint, resident.placement
+        folder, length = checkpoint.part("text_encoder"), checkpoint.text_length
+        store = PromptCache(cache, fingerprint(folder), str(length), placement.dtype)
+        states = {text: store.get(text) for text in texts}
+        missing = [text for text, value in states.items() if value is None]
+        if missing:
+            tokenizer, encoder = self._text(checkpoint, placement, note)
+            for text in missing:
+                whole = tokenizer(text).input_ids
+                if len(whole) > length:
+                    lost = tokenizer.decode(whole[length - 1 : -1])
+                    note(f"the prompt has {len(whole)} tokens and the base reads {length}: «{lost}» is not read")
+                # One by one: what is cached must not depend on its neighbours in a batch.
+                states[text] = tokens_of(encoder, tokenizer, [text], length).to("cpu", resident.dtype)
+                store.put(text, states[text])
+            if part_bytes(folder) > SMALL:  # 9.5 GB in the real family: needed for a moment, and then in the way
+                self._texts.clear()
+                _collect(placement.device)
+        return torch.cat([states[text] for text in texts]).to(resident.device)
+
+    def _text(self, checkpoint: Checkpoint, placement: Placement, note: Callable[[str], None]) -> Any:
+        folder = checkpoint.part("text_encoder")
+        key = (fingerprint(folder), placement.dtype)
+        if key not in self._texts:
+            note("loading the text encoder")
+            tokenizer, encoder = load_text(checkpoint, DTYPES[placement.dtype])
+            if placement.kind in ("group", "sequential") and placement.device != "cpu":
+                from accelerate import cpu_offload
+
+                cpu_offload(encoder, execution_device=torch.device(placement.device))
+            elif placement.kind == "model" or part_bytes(folder) <= SMALL:
+                encoder.to(placement.device)
+            self._texts[key] = tokenizer, encoder
+        return self._texts[key]
+
+    def resident(self) -> tuple[Resident, ...]:
+        return tuple(self._resident.values())
+
+    def unload(self, base: Base | None = None) -> None:
+        """Free one base, or all of them with what they share."""
+        with self._lock:
+            gone = [base] if base is not None else list(self._resident)
+            devices = {self._resident.pop(b).placement.device for b in gone if b in self._resident}
+            used = {id(r.vae) for r in self._resident.values()}
+            self._vaes = {k: v for k, v in self._vaes.items() if id(v) in used}
+            if not self._resident:
+                self._texts.clear()
+            for device in devices:
+                _collect(device)
+
+
+def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """A fresh transformer on the CPU. The resident base's own is never handed out for training."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    folder = checkpoint.part("transformer")
+    part_files(folder)
+    with _loading(checkpoint.name):
+        model = CogVideoXTransformer3DModel.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    return model.requires_grad_(False).eval()
+
+
+def load_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """A fresh autoencoder on the CPU. Raises NotAModel."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    folder = checkpoint.part("vae")
+    part_files(folder)
+    with _loading(f"{checkpoint.name}'s autoencoder"):
+        vae = AutoencoderKLCogVideoX.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    return vae.requires_grad_(False).eval()
+
+
+def load_text(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Tokenizer and a fresh text encoder on the CPU. Raises NotAModel."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    folder = checkpoint.part("text_encoder")
+    part_files(folder)
+    with _loading(f"{checkpoint.name}'s text encoder"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.part("tokenizer"), local_files_only=True)
+        encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    return tokenizer, encoder.requires_grad_(False).eval()
+
+
+def tokens_of(encoder: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
+    """Prompts -> text states (B, length, D) in the encoder's dtype. Padding is attended to, as in the pipelines."""
+    ids = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        return encoder(ids.to(encoder.device))[0]
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what libraries raise while loading into our own errors, and keep their chatter off the terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
+    bars = [(m, m.is_progress_bar_enabled()) for m in (diffusers_logging, transformers_logging)]
+    try:
+        for module, _ in bars:
+            module.disable_progress_bar()
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    except CogLoomError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughMemory(
+            f"{name} did not fit on the GPU ({_first(error)}). Choose placement model or group."
+        ) from error
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        if "allocate memory" in str(error):
+            raise NotEnoughMemory(
+                f"{name} did not fit into memory ({_first(error)}). Choose a smaller base."
+            ) from error
+        raise NotAModel(
+            f"{name} cannot be loaded: {_first(error)}. Its files are broken or of another model."
+        ) from error
+    finally:
+        for module, enabled in bars:
+            if enabled:
+                module.enable_progress_bar()
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")
+
+
+def _collect(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+bases = Bases()

@@ -1,0 +1,307 @@
+"""The safetensors container, read with suspicion and written to the last bit the same.
+
+The library's own reader accepts more than an adapter may be: keys given twice (the last wins), shapes of 2^62, NUL and
+HTML in names, 100,000 empty tensors; and it maps the file, so that a file cut short later kills the process. Here the
+header is checked before anything is allocated, and the data is read once into private memory and hashed on the way.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import struct
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import AdapterError, AdapterNotFound, AdapterUnreadable, DiskFull
+
+HEADER_CAP = 8 << 20  # bytes; the largest real ones, with a thumbnail inside, stay below 2 MiB
+TENSOR_CAP = 20_000
+PADDING_CAP = 64 << 10  # bytes of blanks in a row
+_JSON_CAP = 200_000  # members of all objects together
+_AXES_CAP = 8
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_TORCH = FLOATS | WHOLE
+_BYTES = {name: dtype.itemsize for name, dtype in _TORCH.items()} | {
+    **{"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1},
+    **{"U16": 2, "U32": 4, "U64": 8, "C64": 8},
+}
+_NAME = re.compile(r"[A-Za-z0-9_./-]{1,512}")
+
+_PICKLE = (  # the command names no file: a name made by a stranger has no place in a line to be pasted into a shell
+    "a pickle, which can run any program on this computer when it is opened, so it is not read. Convert it once, "
+    "where you trust it: python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('OLD.pt', "
+    "weights_only=True), 'NEW.safetensors')\""
+)
+_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_MAGICS = (  # what a file that is no safetensors begins with, and what to say
+    (b"PK\x03\x04", _PICKLE),
+    *((bytes([0x80, protocol]), _PICKLE) for protocol in range(2, 6)),
+    (b"version https:/", "a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`"),
+    (b"GGUF", "a GGUF file. Only .safetensors files are read"),
+    (b"<", "a web page, not the file itself. Download it again with the site's download button"),
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor as the header tells it; begin and end count bytes from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An open file whose header was checked. `tensors` is in the order of the data."""
+
+    path: Path
+    size: int  # bytes
+    tensors: Mapping[str, Spec]
+    metadata: Mapping[str, str]
+    _head: bytes
+    _file: BufferedReader
+
+    def read(self, keep: Collection[str]) -> tuple[dict[str, torch.Tensor], str]:
+        """The tensors named, each in memory of its own, and the whole file's sha256: the bytes hashed are those kept.
+
+        Raises:
+            AdapterUnreadable: the file changed under the reader, or there is no memory for it.
+        """
+        digest, kept, rest = hashlib.sha256(self._head), {}, memoryview(bytearray(1 << 20))
+        self._file.seek(len(self._head))
+        # ComfyUI calls from inference mode; tensors made there could not be used in training.
+        with _readable(self.path), torch.inference_mode(False):
+            for name, spec in self.tensors.items():
+                count = spec.end - spec.begin
+                if name in keep:
+                    try:
+                        data = torch.empty(count, dtype=torch.uint8)
+                    except RuntimeError:
+                        raise _refusal(self.path, f"no memory for {name}, which takes {count:,} bytes") from None
+                    self._fill(data.numpy().data, digest)
+                    kept[name] = data.view(_TORCH[spec.dtype]).view(spec.shape)
+                else:
+                    for start in range(0, count, len(rest)):
+                        self._fill(rest[: min(len(rest), count - start)], digest)
+            if self._file.read(1):
+                raise _refusal(
+                    self.path, "it grew while it was read. Try again when the program that writes it is done"
+                )
+        return kept, digest.hexdigest()
+
+    def _fill(self, view: memoryview, digest: Any) -> None:
+        if self._file.readinto(view) != len(view):
+            raise _refusal(
+                self.path, "it got shorter while it was read. Try again when the program that writes it is done"
+            )
+        digest.update(view)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Source]:
+    """Open, and check everything that the header says against the file's size; no tensor is read yet.
+
+    Raises:
+        AdapterNotFound, AdapterUnreadable
+    """
+    suffix = path.suffix.lower()
+    if suffix in _PICKLE_SUFFIXES and path.is_file():
+        raise _refusal(path, _PICKLE)
+    with _readable(path):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise _refusal(path, "not a file. Name the .safetensors file itself")
+        file = open(path, "rb")  # noqa: SIM115
+    with file:
+        with _readable(path):
+            start = file.read(16)
+        for magic, what in _MAGICS:
+            # A safetensors file may begin with any byte (the length of its header); its ninth is always a brace.
+            if start.startswith(magic) and start[8:9] != b"{":
+                raise _refusal(path, what)
+        if suffix != ".safetensors":
+            raise _refusal(path, f"{suffix or 'a file without a suffix'} is not read. Only .safetensors files are")
+        if len(start) < 10:
+            raise _refusal(path, f"{status.st_size} bytes, too short to be a LoRA file. Download it again")
+        length = struct.unpack("<Q", start[:8])[0]
+        body = status.st_size - 8 - length
+        if body < 0:
+            raise _refusal(
+                path,
+                f"its header should be {length:,} bytes long, but the file has {status.st_size:,} in all. "
+                "The download was broken off, or it is not a safetensors file; download it again",
+            )
+        if length > HEADER_CAP:
+            raise _refusal(path, f"its header has {length:,} bytes; {HEADER_CAP:,} are read. Take metadata out")
+        with _readable(path):
+            file.seek(0)
+            head = file.read(8 + length)
+        try:
+            tensors, metadata = _header(head[8:], body)
+        except ValueError as error:
+            raise _refusal(path, f"{error}. The file is damaged or was tampered with; download it again") from None
+        yield Source(path, status.st_size, tensors, metadata, head, file)
+
+
+def _refusal(path: Path, sentence: str) -> AdapterUnreadable:
+    return AdapterUnreadable(f"{path.name}: {sentence}.")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise AdapterNotFound(f"{path}: there is no such file. Choose one from the list of adapters.") from None
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        raise _refusal(path, f"it cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _header(raw: bytes, body: int) -> tuple[dict[str, Spec], dict[str, str]]:
+    """`body` is the number of bytes behind the header. Raises ValueError with a clause."""
+    if not raw.startswith(b"{"):
+        raise ValueError("its header does not begin with a brace")
+    if b" " * PADDING_CAP in raw:
+        raise ValueError(f"its header has {PADDING_CAP:,} or more blanks in a row")
+    entries = strict_json(raw)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ is not a table of texts")
+    try:
+        "".join([*metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its __metadata__ is not valid Unicode") from None
+    if not entries:
+        raise ValueError("it holds no tensors")
+    if len(entries) > TENSOR_CAP:
+        raise ValueError(f"it lists {len(entries):,} tensors; up to {TENSOR_CAP:,} are read")
+    specs = {name: _spec(name, entry) for name, entry in entries.items()}
+    ordered, position = dict(sorted(specs.items(), key=lambda item: item[1].begin)), 0
+    for name, spec in ordered.items():
+        if spec.begin != position:
+            fault = "overlaps the one before it" if spec.begin < position else "leaves a gap before it"
+            raise ValueError(
+                f"the data of {name} {fault} (bytes {spec.begin:,} to {spec.end:,}, expected {position:,})"
+            )
+        position = spec.end
+    if position != body:
+        raise ValueError(f"its header tells of {position:,} bytes of data, but {body:,} are there")
+    return ordered, metadata
+
+
+def _spec(name: str, entry: Any) -> Spec:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"the tensor name {quoted(name)} has characters that no module has, or is too long")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BYTES:
+        raise ValueError(f"{name} has the unknown dtype {quoted(dtype)}")
+    if not isinstance(shape, list) or len(shape) > _AXES_CAP or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{name} has the impossible shape {quoted(shape)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise ValueError(f"{name} has the impossible offsets {quoted(offsets)}")
+    wanted, given = math.prod(shape) * _BYTES[dtype], offsets[1] - offsets[0]
+    if wanted != given:
+        raise ValueError(f"{name} of shape {shape} in {dtype} takes {wanted:,} bytes, but its offsets span {given:,}")
+    if wanted == 0:
+        raise ValueError(f"{name} of shape {shape} is empty")
+    return Spec(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def quoted(text: object) -> str:
+    """A stranger's text for a message: short, and nothing in it that a terminal or a browser would act on."""
+    return "'" + re.sub(r"[^ !#-%(-;=?-~]", "?", str(text)[:60]) + "'"
+
+
+def strict_json(text: bytes | str) -> Any:
+    """Parse a stranger's JSON: no key twice, no NaN, no endless numbers, no abyss. Raises ValueError with a clause."""
+    members = 0
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal members
+        members += len(pairs) + 1
+        if members > _JSON_CAP:
+            raise ValueError(f"its JSON has more than {_JSON_CAP:,} entries")
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"its JSON gives {quoted(twice)} twice")
+        return result
+
+    def whole(digits: str) -> int:
+        if len(digits) > 20:
+            raise ValueError(f"its JSON has a number of {len(digits):,} digits")
+        return int(digits)
+
+    def constant(word: str) -> Any:
+        raise ValueError(f"its JSON has {word}, which is no number")
+
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=table, parse_int=whole, parse_constant=constant)
+    except UnicodeDecodeError:
+        raise ValueError("its JSON is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its JSON is broken ({error})") from None
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write whole or not at all. Equal content gives equal bytes; the library's own writer shuffles the metadata.
+
+    Raises:
+        AdapterError: the header would be too long to be read again.
+        DiskFull
+    """
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name, tensor in sorted(tensors.items()):
+        end = position + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    head = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    if len(head) > HEADER_CAP:
+        raise AdapterError(
+            f"{path.name}: its header would be {len(head):,} bytes long, more than the {HEADER_CAP:,} that are read. "
+            "Shorten the metadata; nothing was written."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")  # beside it, so that the last step is a rename
+    try:
+        with open(draft, "xb") as file:
+            file.write(struct.pack("<Q", len(head)) + head)
+            for _, tensor in sorted(tensors.items()):
+                file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise DiskFull(
+                f"{path}: the disk is full; {position:,} bytes were to be written. Make room and try again."
+            ) from error
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
