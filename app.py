@@ -205,9 +205,8 @@ def _render(host: LocalHost, args: argparse.Namespace) -> int:
         given["image"] = video.read_image(args.image)
     if args.video:
         given["video"] = video.read_video(args.video)[0]
-    if args.output:
-        if args.output.suffix.lower() not in video.SUFFIXES:  # better said now than after the render
-            raise UsageError(f"-o {args.output}: the name ends in one of {', '.join(video.SUFFIXES)}.")
+    if args.output and args.output.suffix.lower() not in video.SUFFIXES:  # better said now than after the render
+        raise UsageError(f"-o {args.output}: the name ends in one of {', '.join(video.SUFFIXES)}.")
     base = choose_base(host, **_base(args, name))
     clip = render(host, base, stack_loras(host, loras, anywhere=True), replace(shot, **given))
     path = save(host, clip, path=args.output)

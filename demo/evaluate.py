@@ -81,9 +81,7 @@ def plan(captions: int, adapter_captions: int, seed: int, only: str | None = Non
     for name, effect in EFFECTS.items():
         for weight in WEIGHTS:
             loras = (f"{name}:{weight}",)
-            jobs += [
-                Job(f"{name}:{weight}", effect.scene(s), 1000 * seed + 500 + i, loras) for i, s in enumerate(few)
-            ]
+            jobs += [Job(f"{name}:{weight}", effect.scene(s), 1000 * seed + 500 + i, loras) for i, s in enumerate(few)]
     for names in STACKS:
         for i, scene in enumerate(few):
             for name in names:

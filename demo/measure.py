@@ -61,7 +61,7 @@ def read(clip: torch.Tensor) -> Reading:
     dy = y.diff()
     steps = dy[dy.abs() > 0.6].sign()
     return Reading(
-        colour=_hue_name(clip[raw & mask & frames[:, None, None]], contrast[raw & mask & frames[:, None, None]]),
+        colour=_hue_name(clip[raw & mask & frames[:, None, None]]),
         background=background,
         shape=max(scores, key=lambda name: scores[name]),
         size="large" if area > AREA_LIMIT else "small",
@@ -149,7 +149,7 @@ def _turns(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def _fill(brightness: torch.Tensor, mask: torch.Tensor) -> float:
-    """Brightness in the middle of the shape over that of its rim; 1 for a solid shape, near 0 for an outline."""
+    """Brightness in the middle of the shape over that of its rim; 1 if solid, near 0 if an outline."""
     inner = -F.max_pool2d(-mask.float().unsqueeze(1), 9, 1, 4).squeeze(1) > 0  # 4 px within
     rim = mask & ~(-F.max_pool2d(-mask.float().unsqueeze(1), 5, 1, 2).squeeze(1) > 0)
     if not inner.any() or not rim.any():
@@ -162,11 +162,12 @@ def _nearest(colour: torch.Tensor, named: dict[str, tuple[float, float, float]])
     return min(named, key=lambda name: (colour - torch.tensor(named[name])).square().sum().item())
 
 
-def _hue_name(pixels: torch.Tensor, contrast: torch.Tensor) -> str:
-    """Name the colour of the strongest pixels by hue and saturation, so a pale glow of red is still red."""
+def _hue_name(pixels: torch.Tensor) -> str:
+    """Name the colour of the brightest third by hue and saturation: not of a glow, nor of the dark inside an outline."""
     if len(pixels) == 0:
         return "none"
-    strong = pixels[contrast >= contrast.quantile(0.5)]
+    bright = pixels.amax(-1)
+    strong = pixels[bright >= bright.quantile(0.67)]
     r, g, b = strong.median(0).values.tolist()
     hue, saturation, _ = colorsys.rgb_to_hsv(r, g, b)
     if saturation < 0.22:

@@ -128,7 +128,7 @@ def rotary(frames: int = LATENT_FRAMES) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def training_caption(scene: Scene, rng: random.Random) -> str:
-    """Mostly whole captions; sometimes less is said, sometimes a word that means nothing yet, a tenth nothing at all."""
+    """Mostly whole captions; sometimes less is said, or a word that means nothing yet; a tenth says nothing."""
     roll = rng.random()
     if roll < 0.10:
         return ""
@@ -172,7 +172,7 @@ def load_latents(out: Path) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
 
 
 class Trainer:
-    """Shared by the base and its sibling: Muon for the block matrices, AdamW for the rest, an average of the weights."""
+    """For the base and its sibling: Muon for the block matrices, AdamW for the rest, an average of the weights."""
 
     def __init__(self, transformer, text, out: Path, name: str, steps: int, lr: float) -> None:
         self.transformer, self.text, self.steps, self.name = transformer, text, steps, name

@@ -124,8 +124,8 @@ def _devices() -> list[Finding]:
             Finding(
                 "device",
                 "warn",
-                f"cpu alone, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {flags}; fp32, bf16; fp16 is slow",
-                "The demo renders in seconds; real bases take hours here. An NVIDIA card with 8 GB or more renders them.",
+                f"cpu alone, {os.cpu_count()} cores, {flags}; fp32, bf16; fp16 is slow",
+                "The demo renders in seconds; real bases take hours here. They want an NVIDIA card of 8 GB or more.",
             )
         )
     return found

@@ -119,8 +119,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if isinstance(default, bool):
             group.add_argument(option, action="store_true", default=None, help=text)
         else:
-            group.add_argument(option, type=_kind(str(field.type)), metavar="N" if "str" not in str(field.type) else "TEXT",
-                               help=text)  # fmt: skip
+            kind = _kind(str(field.type))
+            group.add_argument(option, type=kind, metavar="TEXT" if kind is str else "N", help=text)
 
 
 def settings_from(args: argparse.Namespace) -> dict[str, Any]:

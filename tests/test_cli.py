@@ -60,12 +60,24 @@ def test_models_and_loras_are_listed(capsys: pytest.CaptureFixture[str]):
 
 def test_render_writes_a_clip_and_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "clip.mp4"
-    arguments = ["a red circle", "--base", "tiny-t2v", "--steps", "2", "--frames", "9", "--size", "64x48", "--seed", "3"]
+    arguments = [
+        "a red circle",
+        "--base",
+        "tiny-t2v",
+        "--steps",
+        "2",
+        "--frames",
+        "9",
+        "--size",
+        "64x80",
+        "--seed",
+        "3",
+    ]
     assert run("render", *arguments, "-o", str(out)) == 0
     assert str(out) in capsys.readouterr().out
     assert run("record", str(out)) == 0
     record = json.loads(capsys.readouterr().out)
-    assert (record["settings"]["width"], record["settings"]["height"], record["settings"]["seed"]) == (64, 48, 3)
+    assert (record["settings"]["width"], record["settings"]["height"], record["settings"]["seed"]) == (64, 80, 3)
     other = tmp_path / "other.mkv"
     assert run("render", "a red circle", "--like", str(out), "-o", str(other)) == 0
     capsys.readouterr()
@@ -124,7 +136,10 @@ def test_the_doctor_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_defect_is_called_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setenv("COGLOOM_MODELS", "\0")
+    def broken(_host: object) -> None:
+        raise ZeroDivisionError("in the wild")
+
+    monkeypatch.setattr("nodes.model.list_bases", broken)
     assert run("models") == 1
     assert "defect in CogLoom" in " ".join(capsys.readouterr().err.split())
 
@@ -140,7 +155,9 @@ def test_ctrl_c_stops_within_a_step_and_leaves_no_file(tmp_path: Path):
         "sys.exit(app.main(['render', 'a red circle', '--base', 'tiny-t2v', '--steps', '500', '-o', sys.argv[1]]))"
     )
     out = tmp_path / "clip.mp4"
-    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=ROOT, capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 130, done.stderr
     assert "Stopped" in done.stderr
     assert "Traceback" not in done.stderr

@@ -30,7 +30,7 @@ def imports(tree: ast.AST) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("file", [f for f in SOURCES if "nodes" in f.relative_to(ROOT).parts[:1]], ids=lambda f: f.name)
 def test_imports_go_one_way(file: Path):
-    """Inside nodes/ imports are relative; the engine knows nobody above it; heavy libraries load where they are used."""
+    """Inside nodes/ imports are relative, the engine knows nobody above it, heavy libraries load at use."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     engine = "engine" in file.relative_to(ROOT).parts
     for module, level in imports(tree):
@@ -47,7 +47,7 @@ def test_imports_go_one_way(file: Path):
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_nothing_executes_data(file: Path):
-    """No eval, no exec, no pickle, no torch.load of a whole object; the training scripts' own states are weights only."""
+    """No eval, no exec, no pickle, no torch.load of a whole object: the training scripts' states are weights only."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)

@@ -205,7 +205,9 @@ def test_the_record_travels_and_makes_the_clip_again(tiny_host: LocalHost):
 
 
 def test_names_are_made_from_the_prompt_and_stay_inside(tiny_host: LocalHost):
-    clip = render(tiny_host, choose_base(tiny_host, "tiny-t2v"), LoraStack(), replace(SHOT, prompt='A "red" <circle>/..'))
+    clip = render(
+        tiny_host, choose_base(tiny_host, "tiny-t2v"), LoraStack(), replace(SHOT, prompt='A "red" <circle>/..')
+    )
     first, second = save(tiny_host, clip), save(tiny_host, clip)
     assert (first.name, second.name) == ("a-red-circle-001.mp4", "a-red-circle-002.mp4")
     for outside in ("../x.mp4", "/tmp/x.mp4", ".."):

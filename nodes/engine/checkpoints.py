@@ -82,7 +82,7 @@ FAMILIES: tuple[Family, ...] = (
 
 @dataclass(frozen=True)
 class LatentShape:
-    """What a clip of legal size is inside the base: (1, frames, channels, height, width), frames without 1.5's padding."""
+    """What a clip is inside the base: (1, frames, channels, height, width), frames without 1.5's padding."""
 
     frames: int
     channels: int
@@ -241,6 +241,7 @@ def _recognise(name: str, pipeline: str, transformer: dict[str, Any], vae: dict[
     return replace(
         model, name=name, title=f"CogVideoX of width {width}", hub_id=None, task=task, width=width,
         blocks=transformer["num_layers"], in_channels=transformer["in_channels"], sizes=(side,),
+        dtype="fp32" if width < 1024 else model.dtype,
         min_side=min(*side, 4 * spatial * transformer["patch_size"]), max_pixels=2 * side[0] * side[1],
         fixed_size=bool(transformer.get("use_learned_positional_embeddings")), loadable=odd,
     )  # fmt: skip

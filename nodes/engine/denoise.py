@@ -119,7 +119,9 @@ def denoise(
         "control": diffusers.CogVideoXFunControlPipeline,
     }[task]
     scheduler = _scheduler(checkpoint, settings.scheduler)
-    pipe: Any = kind(None, None, resident.vae, resident.transformer, scheduler)
+    # The pipeline guesses its device from its parts; under offload that guess may be where the weights rest (meta).
+    lent = type(kind.__name__, (kind,), {"_execution_device": property(lambda _: device)})
+    pipe: Any = lent(None, None, resident.vae, resident.transformer, scheduler)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     padding = -shape.frames % (checkpoint.family.patch_size_t or 1)
@@ -142,7 +144,7 @@ def denoise(
         assert video is not None
         if len(video) < settings.frames:
             raise GeometryError(
-                f"the video has {len(video)} frames and {settings.frames} are asked for; ask for fewer, or give a longer one."
+                f"The video has {len(video)} frames and {settings.frames} are asked for; ask for fewer."
             )
         total = min(int(settings.steps * settings.strength), settings.steps)
         if total == 0:
@@ -152,7 +154,9 @@ def denoise(
             )
         call |= dict(video=_fitted(video[: settings.frames], settings), strength=settings.strength)
     else:
-        call |= dict(num_frames=settings.frames, latents=noise.to(device, dtype))
+        call["latents"] = noise.to(device, dtype)
+    if task in ("t2v", "i2v"):
+        call["num_frames"] = settings.frames  # the others count their video's
     if task == "i2v":
         assert image is not None
         call["image"] = _fitted(image[None], settings).to(device)
@@ -203,7 +207,7 @@ def encode_video(session: Session, frames: torch.Tensor) -> torch.Tensor:
 
 
 def _scheduler(checkpoint: Checkpoint, name: str) -> Any:
-    """A scheduler of our own for every render: pipelines share theirs, and a shared one carries state between renders."""
+    """One for every render: pipelines share theirs, and a shared one carries state from render to render."""
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
     kind = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}[name]

@@ -989,8 +989,8 @@ def _short(value: Any) -> str:
 
 
 def _slug(text: str) -> str:
-    """Lower case, digits, dots and hyphens: a safe file name."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+    """Lower case, letters of any script, digits, dots, hyphens and underscores: a safe file name."""
+    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-.")
 
 
 def _plain(value: Any) -> Any:

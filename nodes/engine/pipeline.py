@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,9 +100,10 @@ def free_memory(device: str) -> int:
 
 
 def plan_placement(
-    family_dtype: str, sizes: dict[str, int], activations: int, base: Base, device: str, free: int, ram: int
+    family_dtype: str, sizes: dict[str, int], work: tuple[int, int], base: Base, device: str, free: int, ram: int
 ) -> Placement:
-    """Pure. `sizes` are the parts' bytes on disk in 16 bit; `free` and `ram` bytes on the device and of memory.
+    """Pure. `sizes` are the parts' bytes on disk in 16 bit, `work` those that denoising and decoding take besides;
+    `free` and `ram` are bytes on the device and of memory.
 
     Raises:
         NotEnoughMemory, PlacementError
@@ -111,14 +113,15 @@ def plan_placement(
         dtype = family_dtype if device != "cpu" or family_dtype == "fp32" else "bf16"
     scale = 2 if dtype == "fp32" else 1
     transformer, vae, text = (scale * sizes[k] for k in ("transformer", "vae", "text_encoder"))
+    denoising, decoding = work
     gib = 1 / (1 << 30)
     if device == "cpu":
         if base.placement == "model":
             raise PlacementError("Placement model moves a base between memory and a GPU; on the CPU choose auto.")
-        need = transformer + vae + activations
+        need = transformer + vae + max(work)
         if need > ram:
             raise NotEnoughMemory(
-                f"The base needs about {need * gib:.1f} GiB in {dtype} ({transformer * gib:.1f} for the transformer) and "
+                f"The base needs about {need * gib:.1f} GiB in {dtype} ({transformer * gib:.1f} the transformer) and "
                 f"{ram * gib:.1f} GiB of memory are free. Close other programs, choose a smaller base"
                 + (", or dtype bf16." if dtype == "fp32" else ".")
             )
@@ -127,16 +130,16 @@ def plan_placement(
             device, dtype, kind, f"{kind} in {dtype} on the CPU: {need * gib:.1f} of {ram * gib:.1f} GiB free"
         )
     need = {
-        "resident": transformer + vae + activations + (text if text <= SMALL else 0),
-        "model": max(transformer, text) + vae + activations,
-        "group": transformer // 20 + vae + activations,
-        "sequential": vae + activations,
+        "resident": transformer + vae + max(work) + (text if text <= SMALL else 0),
+        "model": vae + max(transformer + denoising, text, decoding),
+        "group": vae + max(transformer // 20 + denoising, decoding),
+        "sequential": vae + max(transformer // 60 + denoising, decoding),
     }
     if base.placement == "auto":
         kind = next((k for k, n in need.items() if n <= 0.92 * free), None)
         if kind is None:
             raise NotEnoughMemory(
-                f"Even with sequential offload this base needs about {need['sequential'] * gib:.1f} GiB on {device} and "
+                f"Even sequential offload of this base needs about {need['sequential'] * gib:.1f} GiB on {device} and "
                 f"{free * gib:.1f} are free. Turn VAE tiling on, choose fewer frames or a smaller size, or device cpu."
             )
         why = f"auto chose {kind}"
@@ -269,12 +272,20 @@ class Bases:
         sizes = {k: part_bytes(checkpoint.part(k)) for k in ("transformer", "vae", "text_encoder")}
         frames, width, height = checkpoint.defaults()
         tokens = (frames // checkpoint.temporal + 1) * width * height // (checkpoint.spatial * checkpoint.patch) ** 2
-        # Both guidance branches hold about a dozen token-wide tensors in 16 bit; the decoder, tiled, about a GiB.
-        activations = tokens * checkpoint.family.width * 2 * 2 * 12 + width * height * 3 * 64
+        # Both guidance branches hold about a dozen token-wide tensors in 16 bit; the decoder about three of 256
+        # channels for eight frames at full size, a quarter of that in tiles.
+        denoising = tokens * checkpoint.family.width * 2 * 2 * 12
+        decoding = width * height * 8 * 256 * 2 * 3 // (4 if base.vae_tiling else 1)
         while True:
             try:
                 return plan_placement(
-                    checkpoint.family.dtype, sizes, activations, base, device, free_memory(device), free_memory("cpu")
+                    checkpoint.family.dtype,
+                    sizes,
+                    (denoising, decoding),
+                    base,
+                    device,
+                    free_memory(device),
+                    free_memory("cpu"),
                 )
             except NotEnoughMemory:
                 if not self._resident:
@@ -400,7 +411,9 @@ def _loading(name: str) -> Iterator[None]:
     try:
         for module, _ in bars:
             module.disable_progress_bar()
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            # diffusers prefers `dtype` to `torch_dtype`, which its older releases do not know.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             yield
     except CogLoomError:
         raise

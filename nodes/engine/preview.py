@@ -19,7 +19,7 @@ FILE = "preview.json"
 
 
 def fit(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """Least squares from latents (F', C, h, w) to frames (F, H, W, 3) in [0, 1]: (C + 1, 3), the last row the offset."""
+    """Least squares, latents (F', C, h, w) to frames (F, H, W, 3) in [0, 1]: (C + 1, 3), the last row the offset."""
     count = len(latents)
     groups = [frames[:1], *frames[1:].chunk(count - 1)] if count > 1 else [frames]
     small = torch.stack([F.adaptive_avg_pool2d(g.mean(0).permute(2, 0, 1), latents.shape[2:]) for g in groups])

@@ -43,7 +43,7 @@ class PromptCache:
         return states
 
     def put(self, text: str, states: torch.Tensor) -> None:
-        """Written aside and renamed, so that a reader never meets half a file. A full disk costs the cache, not the render."""
+        """Written aside and renamed: no reader meets half a file. A full disk costs the cache, not the render."""
         from safetensors.torch import save
 
         file = self._file(text)

@@ -29,7 +29,7 @@ Part = tuple["Module", float]  # one adapter's share in one layer, and its weigh
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a swap will do: the state it leads to, and per layer whose weight changes, what is added to the pristine one."""
+    """What a swap will do: the state it leads to, and per changed layer what is added to the pristine weight."""
 
     state: tuple[tuple[str, float], ...]  # (sha256, weight), sorted by hash: same set, same bits
     layers: Mapping[str, tuple[Part, ...]]
@@ -89,7 +89,7 @@ class Switch:
         self.spoiled = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Weight shape per layer that an adapter can change, with which a file is checked before anything is touched."""
+        """Weight shape of each layer that an adapter can change; files are checked against it first."""
         return {name: tuple(_storage(module, "weight").shape) for name, module in self._modules.items()}
 
     def apply(self, wanted: Iterable[tuple[Adapter, float]], check: Callable[[], None] = lambda: None) -> Swap:
@@ -148,7 +148,7 @@ class Switch:
             weight.copy_(pristine)
 
     def differing(self) -> tuple[str, ...]:
-        """Names of parameters that are not bit-identical to the checkpoint's file. Empty when the base is off-means-off."""
+        """Names of parameters that are not bit-identical to the checkpoint's file; none when the stack is off."""
         with torch.inference_mode(False), torch.no_grad():
             _settle(self._transformer)
             return tuple(

@@ -153,7 +153,7 @@ def test_planning_changes_nothing(checkpoints: Path, adapters):
 
 
 def test_works_inside_inference_mode(checkpoints: Path, adapters):
-    transformer, switch = fresh(checkpoints)
+    _, switch = fresh(checkpoints)
     with torch.inference_mode():
         switch.apply([(adapters[0], 1.0)])
     switch.apply([])  # weights made in inference mode could not be written to here
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_changed_on_disk_is_refused(checkpoints: Path, adapter
 
     copy = tmp_path / "copy"
     shutil.copytree(checkpoints / "tiny-t2v", copy / "tiny-t2v")
-    transformer, switch = fresh(copy)
+    _, switch = fresh(copy)
     file = part_files(copy / "tiny-t2v" / "transformer")[0]
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ModelError, match="changed on disk"):
