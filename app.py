@@ -153,6 +153,7 @@ def _base_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--placement", choices=("auto", "resident", "model", "group", "sequential"), default="auto",
                        help="what stays on the GPU; auto chooses by the memory that is free, and says why")  # fmt: skip
     group.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, slower")
+    group.add_argument("--vae-slicing", action="store_true", help="decode clips of a batch one by one")
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's block")
 
 
@@ -315,12 +316,12 @@ def _train(host: LocalHost, args: argparse.Namespace) -> int:
     if result.validation:
         (_, first), (_, last) = result.validation[0], result.validation[-1]
         print(f"validation loss {first:.4f} -> {last:.4f}")
-    print(result.path)
+    print(f'{result.path}\nuse it: python app.py render "…" --lora {result.path}')
     return 0
 
 
 def _base(args: argparse.Namespace, name: str | None) -> dict[str, Any]:
-    options = {k: getattr(args, k) for k in ("dtype", "device", "placement", "vae_tiling", "compile")}
+    options = {k: getattr(args, k) for k in ("dtype", "device", "placement", "vae_tiling", "vae_slicing", "compile")}
     return options if name is None else options | {"name": name}
 
 

@@ -67,7 +67,7 @@ def train(
     items = dataset.scan(data)
     target = out or contained(host.output_folder, f"training/{name}")
     return finetune(
-        trainable(base), items, whole, target, host.cache_folder / "training",
+        trainable(base), items, whole, target, host.cache_folder,
         progress=lambda done, total, what, _extra=None: host.progress(done, total, what),
         check_cancelled=host.check_cancelled, resume=not fresh,
     )  # fmt: skip
@@ -91,12 +91,12 @@ def trainable(base: Base) -> TrainableBase:
 
     from diffusers import CogVideoXDDIMScheduler
 
-    scheduler = CogVideoXDDIMScheduler.load_config(checkpoint.part("scheduler"), local_files_only=True)
+    scheduler: Any = CogVideoXDDIMScheduler.load_config(checkpoint.part("scheduler"), local_files_only=True)
     return TrainableBase(
         transformer=load_transformer(checkpoint, dtype),
         vae=load_vae(checkpoint, dtype),
         encode_prompts=encode,
-        scheduler_config=dict(scheduler),  # pyright: ignore[reportArgumentType]
+        scheduler_config=scheduler,
         name=checkpoint.name,
         base_hash=fingerprint(checkpoint.part("transformer")),
         task="i2v" if checkpoint.family.task == "i2v" else "t2v",

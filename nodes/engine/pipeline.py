@@ -305,8 +305,8 @@ class Bases:
         checkpoint, placement = resident.checkpoint, resident.placement
         folder, length = checkpoint.part("text_encoder"), checkpoint.text_length
         store = PromptCache(cache, fingerprint(folder), str(length), placement.dtype)
-        states = {text: store.get(text) for text in texts}
-        missing = [text for text, value in states.items() if value is None]
+        states = {text: found for text in texts if (found := store.get(text)) is not None}
+        missing = [text for text in dict.fromkeys(texts) if text not in states]
         if missing:
             tokenizer, encoder = self._text(checkpoint, placement, note)
             for text in missing:
