@@ -149,7 +149,7 @@ def _turns(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def _fill(brightness: torch.Tensor, mask: torch.Tensor) -> float:
-    """Brightness in the middle of the shape over that of its rim; 1 if solid, near 0 if an outline."""
+    """Brightness of the shape's middle over its rim's; 1 if solid, near 0 if an outline."""
     inner = -F.max_pool2d(-mask.float().unsqueeze(1), 9, 1, 4).squeeze(1) > 0  # 4 px within
     rim = mask & ~(-F.max_pool2d(-mask.float().unsqueeze(1), 5, 1, 2).squeeze(1) > 0)
     if not inner.any() or not rim.any():
@@ -163,7 +163,7 @@ def _nearest(colour: torch.Tensor, named: dict[str, tuple[float, float, float]])
 
 
 def _hue_name(pixels: torch.Tensor) -> str:
-    """Name the colour of the brightest third by hue and saturation: not of a glow, nor of the dark inside an outline."""
+    """Name the brightest third by hue and saturation: neither a glow nor the dark inside an outline."""
     if len(pixels) == 0:
         return "none"
     bright = pixels.amax(-1)

@@ -14,11 +14,13 @@ from .engine.lora_file import Adapter, adapter_name, find_adapters, inspect, rea
 from .engine.lora_stack import Entry, LoraStack, parse
 from .host import Host
 
+DEMO_ADAPTERS = DEMO_FOLDER / "loras"
 CACHED_BYTES = 1 << 30  # adapters kept in memory, least recently used first out
 
 
 def adapter_folders(host: Host) -> tuple[Path, ...]:
-    return (DEMO_FOLDER / "loras", *host.lora_folders)
+    """The user's first: an adapter of theirs called as one of the demo's is the one they mean."""
+    return (*host.lora_folders, DEMO_ADAPTERS)
 
 
 def list_adapters(host: Host) -> list[Path]:
@@ -26,11 +28,16 @@ def list_adapters(host: Host) -> list[Path]:
 
 
 def stack_loras(
-    host: Host, entries: Sequence[str], stack: LoraStack | None = None, anywhere: bool = False
+    host: Host,
+    entries: Sequence[str],
+    stack: LoraStack | None = None,
+    anywhere: bool = False,
+    folders: tuple[Path, ...] | None = None,
 ) -> LoraStack:
     """Add `NAME` or `NAME:WEIGHT` entries to a stack, names as `list_adapters` finds them.
 
-    `anywhere` lets a person at the command line name a file outside the folders, too; a graph must not.
+    `anywhere` lets a person at the command line name a file outside the folders, too; a graph must not. `folders`
+    are searched instead of the host's.
 
     Raises:
         AdapterNotFound: with the nearest names. StackError: a weight that is no number.
@@ -38,7 +45,7 @@ def stack_loras(
     stack = stack or LoraStack()
     for text in entries:
         name, weight = parse(text)
-        path = find_adapter(host, name, anywhere)
+        path = (resolve_path if anywhere else resolve)(name, folders or adapter_folders(host))
         stack = stack.with_entry(Entry(str(path), adapter_name(path), weight, stamp=stamp(path)))
     return stack
 
@@ -53,19 +60,17 @@ def inspect_adapter(host: Host, name: str, anywhere: bool = False) -> dict[str, 
 
 
 class _Cache:
-    """Adapters read once, keyed by path, size and time, so that an edited file is read again."""
+    """Adapters read once, keyed by path and stamp, so that an edited file or sidecar is read again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: OrderedDict[tuple[str, int, int], Adapter] = OrderedDict()
+        self._held: OrderedDict[tuple[str, tuple[int, ...]], Adapter] = OrderedDict()
 
     def get(self, entry: Entry) -> Adapter:
         path = Path(entry.adapter)
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise AdapterNotFound(f"{path} is not there any more ({error.strerror}); take it off the stack.") from error
-        key = (entry.adapter, status.st_size, status.st_mtime_ns)
+        if not path.is_file():
+            raise AdapterNotFound(f"{path} is not there any more; take it off the stack, or put it back.")
+        key = (entry.adapter, stamp(path))
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)

@@ -132,8 +132,8 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot) -> Clip:
             },
             # Read back from the switch: what the transformer held, not what was asked for.
             "loras": [
-                {"name": name, "weight": weight, "sha256": sha256}
-                for (name, weight), (sha256, _) in zip(resident.switch.names, resident.switch.state, strict=True)
+                {"name": a.name, "weight": w, "sha256": a.sha256, "scale": a.scale_reason}
+                for a, w in resident.switch.held
             ],
             "settings": asdict(settings),
             "image": _hash(shot.image),

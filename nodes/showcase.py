@@ -10,7 +10,7 @@ from .engine import layout, video
 from .engine.checkpoints import DEMO
 from .engine.pipeline import bases
 from .host import Host, contained
-from .lora import stack_loras
+from .lora import DEMO_ADAPTERS, stack_loras
 from .model import choose_base
 from .render import Shot, render, save
 
@@ -53,7 +53,7 @@ def showcase(
         f"{style} 1 + {motion} 1": [f"{style}:1", f"{motion}:1"],
         **{f"{style} {w:g}": [f"{style}:{w}"] for w in SWEEP},
     }
-    described = {label: stack_loras(host, entries) for label, entries in stacks.items()}
+    described = {label: stack_loras(host, entries, folders=(DEMO_ADAPTERS,)) for label, entries in stacks.items()}
     target = contained(host.output_folder, folder)
     loads, swaps, clips, shown = bases.loads, [], [], []
     load_seconds = 0.0

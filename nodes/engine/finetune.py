@@ -926,10 +926,11 @@ def _check_resumable(saved: _Saved, identity: dict[str, Any], settings: Settings
                 f"{saved.folder} was trained on {said} ({name} {_short(was.get(name))}, now {_short(now[name])}). "
                 + wayout
             )
-    for name in sorted(set(was["settings"]) | set(now["settings"])):
-        before, after = was["settings"].get(name), now["settings"].get(name)
-        if before != after:
-            raise ResumeError(f"{saved.folder} was trained with {name} {before!r}, now it is {after!r}. {wayout}")
+    names = sorted(set(was["settings"]) | set(now["settings"]))
+    pairs = [(name, was["settings"].get(name), now["settings"].get(name)) for name in names]
+    changed = [f"{name} {before!r} (now {after!r})" for name, before, after in pairs if before != after]
+    if changed:
+        raise ResumeError(f"{saved.folder} was trained with {', '.join(changed)}. {wayout}")
     if settings.steps != saved.state["steps"] and settings.lr_schedule != "constant":
         raise ResumeError(
             f"{saved.folder} was trained for {saved.state['steps']} steps, now {settings.steps} are wanted: the "

@@ -437,8 +437,8 @@ def resolve(name: str, folders: Iterable[Path]) -> Path:
             if hits:
                 return hits[0][1]
     where = ", ".join(str(folder) for folder in folders) or "no folder"
-    names = sorted({text for item in listed for text in (adapter_name(item[1]), item[0])})
-    near = difflib.get_close_matches(asked[:200], names, n=3, cutoff=0.0)
+    names = sorted({adapter_name(file) for _, file in listed})
+    near = difflib.get_close_matches(asked[:200], names, n=3, cutoff=0.3) or names[:3]
     hint = f"The nearest names are {', '.join(near)}." if near else "There are no .safetensors files there; add one."
     raise AdapterNotFound(f"There is no adapter {asked[:200]!r} in {where}. {hint}")
 

@@ -20,9 +20,9 @@ FILE = "preview.json"
 
 def fit(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """Least squares, latents (F', C, h, w) to frames (F, H, W, 3) in [0, 1]: (C + 1, 3), the last row the offset."""
-    count = len(latents)
+    count, _, height, width = latents.shape
     groups = [frames[:1], *frames[1:].chunk(count - 1)] if count > 1 else [frames]
-    small = torch.stack([F.adaptive_avg_pool2d(g.mean(0).permute(2, 0, 1), tuple(latents.shape[2:])) for g in groups])
+    small = torch.stack([F.adaptive_avg_pool2d(g.mean(0).permute(2, 0, 1), (height, width)) for g in groups])
     x = latents.float().cpu().permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
     y = small.permute(0, 2, 3, 1).flatten(0, 2)  # (N, 3)

@@ -10,6 +10,7 @@ subtraction 8 % of the bf16 weights are not what they were.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +32,7 @@ Part = tuple["Module", float]  # one adapter's share in one layer, and its weigh
 class Plan:
     """What a swap will do: the state it leads to, and per changed layer what is added to the pristine weight."""
 
-    state: tuple[tuple[str, float], ...]  # (sha256, weight), sorted by hash: same set, same bits
+    held: tuple[tuple[Adapter, float], ...]  # sorted by content: same set, same bits
     layers: Mapping[str, tuple[Part, ...]]
     changed: tuple[str, ...]
 
@@ -51,18 +52,23 @@ def plan(
     wanted: Iterable[tuple[Adapter, float]],
 ) -> Plan:
     """Pure. Entries of one adapter add up, weight 0 is absence, and the order asked for does not matter."""
-    weights: dict[str, float] = {}
-    adapters: dict[str, Adapter] = {}
+    groups: dict[tuple[object, ...], list[tuple[Adapter, float]]] = {}
     for adapter, weight in wanted:
-        weights[adapter.sha256] = weights.get(adapter.sha256, 0.0) + weight
-        adapters[adapter.sha256] = adapter
-    state = tuple(sorted((key, weight) for key, weight in weights.items() if weight != 0.0))
+        groups.setdefault(_content(adapter), []).append((adapter, weight))
+    # fsum rounds once, so that the order of three weights cannot show.
+    summed = [(group[0][0], math.fsum(weight for _, weight in group)) for _, group in sorted(groups.items())]
+    held = tuple((adapter, weight) for adapter, weight in summed if weight != 0.0)
     layers: dict[str, tuple[Part, ...]] = {}
-    for key, weight in state:
-        for module in adapters[key].modules:
+    for adapter, weight in held:
+        for module in adapter.modules:
             layers[module.path] = (*layers.get(module.path, ()), (module, weight))
     changed = tuple(path for path in sorted({*current, *layers}) if not _same(current.get(path), layers.get(path)))
-    return Plan(state, layers, changed)
+    return Plan(held, layers, changed)
+
+
+def _content(adapter: Adapter) -> tuple[object, ...]:
+    """What an adapter does, to the bit: its file, and the scales, which a sidecar may have changed."""
+    return adapter.sha256, tuple(module.scale for module in adapter.modules)
 
 
 def _same(old: tuple[Part, ...] | None, new: tuple[Part, ...] | None) -> bool:
@@ -84,9 +90,12 @@ class Switch:
             for name, module in transformer.named_modules()
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         }
-        self.state: tuple[tuple[str, float], ...] = ()
-        self.names: tuple[tuple[str, float], ...] = ()
+        self.held: tuple[tuple[Adapter, float], ...] = ()  # what the transformer holds now
         self.spoiled = False
+
+    @property
+    def names(self) -> tuple[tuple[str, float], ...]:
+        return tuple((adapter.name, weight) for adapter, weight in self.held)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Weight shape of each layer that an adapter can change; files are checked against it first."""
@@ -101,7 +110,6 @@ class Switch:
             Whatever `check` raised. In every case the earlier stack is active again.
         """
         started = time.perf_counter()
-        wanted = tuple(wanted)
         target = plan(self._layers, wanted)
         missing = [path for path in target.layers if path not in self._modules]
         if missing:
@@ -120,9 +128,7 @@ class Switch:
             except BaseException:
                 self._roll_back(done)
                 raise
-        self._layers, self.state = target.layers, target.state
-        names = {adapter.sha256: adapter.name for adapter, _ in wanted}
-        self.names = tuple((names[key], weight) for key, weight in target.state)
+        self._layers, self.held = target.layers, target.held
         return Swap(before, self.names, len(target.changed), time.perf_counter() - started)
 
     def _roll_back(self, paths: Iterable[str]) -> None:

@@ -149,7 +149,7 @@ def test_planning_changes_nothing(checkpoints: Path, adapters):
     drawn = plan({}, [(adapters[0], 1.0), (adapters[1], 2.0)])
     assert set(drawn.changed) == {m.path for a in adapters[:2] for m in a.modules}
     assert same(before, weights(transformer))
-    assert switch.state == ()
+    assert switch.held == ()
 
 
 def test_works_inside_inference_mode(checkpoints: Path, adapters):
