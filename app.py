@@ -351,7 +351,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _say_error(message: str) -> None:
-    print(textwrap.fill(f"error: {message}", _width(), break_long_words=False), file=sys.stderr)
+    print(textwrap.fill(f"error: {message}", _width(), break_long_words=False, break_on_hyphens=False), file=sys.stderr)
 
 
 def _stop_on_interrupt(host: LocalHost) -> Any:

@@ -63,7 +63,7 @@ RECIPES: dict[str, Recipe] = {
         lambda s, rng: replace(s, shape="star"),
         clips=96,
         stills=192,
-        settings={"trigger_words": ("star",), "image_ratio": 0.4, "steps": 500},
+        settings={"trigger_words": ("star",), "image_ratio": 0.4, "steps": 500, "rank": 16},
     ),
 }
 
@@ -106,7 +106,9 @@ def main() -> None:
         if not data.is_dir():
             write_dataset(data, recipe, seed=sorted(RECIPES).index(name) + 100)
         drawn = time.time() - started
-        settings = COMMON | recipe.settings | ({"steps": args.steps} if args.steps else {})
+        settings = COMMON | recipe.settings
+        if args.steps:
+            settings |= {"steps": args.steps, "warmup": min(args.steps, settings["warmup"])}
 
         def progress(done: int, total: int, what: str, preview: Any = None, name: str = name) -> None:
             if done % 50 == 0 or done == total:

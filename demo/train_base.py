@@ -355,7 +355,8 @@ def export(out: Path, to: Path) -> None:
         wide = widen(new_transformer())
         wide.load_state_dict(torch.load(out / "i2v_state.pt", weights_only=True)["average"][0])
         wide.bfloat16().save_pretrained(to / "cogloom-demo-i2v" / "transformer")
-        index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "CogVideoXImageToVideoPipeline"}
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {"_class_name": "CogVideoXImageToVideoPipeline", "_cogloom_shares": folder.name}
         (to / "cogloom-demo-i2v" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

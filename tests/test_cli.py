@@ -135,6 +135,18 @@ def test_the_doctor_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert "COGLOOM_OUTPUT" in text
 
 
+def test_no_network_is_an_error_with_a_way_on(tmp_path: Path):
+    """A closed port stands for no network; the hub's client reads its address when it is imported."""
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "COGLOOM_MODELS": str(tmp_path / "models")}
+    command = [sys.executable, "app.py", "models", "--download", "zai-org/CogVideoX-2b"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 1
+    assert "could not be downloaded" in said
+    assert "Check the network" in said
+    assert "Traceback" not in said
+
+
 def test_a_defect_is_called_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def broken(_host: object) -> None:
         raise ZeroDivisionError("in the wild")
