@@ -11,7 +11,7 @@ import torch
 from nodes.engine.checkpoints import part_files
 from nodes.engine.errors import AdapterMismatch, NotAModel, NotEnoughMemory, PlacementError, UsageError
 from nodes.engine.lora_file import read
-from nodes.engine.pipeline import Base, bases, choose_device, plan_placement
+from nodes.engine.pipeline import Base, bases, choose_device, load_text, plan_placement
 from nodes.engine.prompts import PromptCache
 from nodes.host import LocalHost
 from nodes.model import choose_base
@@ -164,3 +164,28 @@ def test_placements_render_the_same(tiny_host: LocalHost, placement: str):
     placed = render(tiny_host, choose_base(tiny_host, "tiny-t2v", placement=placement), LoraStack(), shot)
     assert placed.record["base"]["placement"] == placement
     assert torch.equal(plain.frames, placed.frames)
+
+
+def test_a_tokenizer_as_the_released_bases_ship_it(checkpoints: Path, host: LocalHost, tmp_path: Path):
+    """They have a SentencePiece file and no tokenizer.json; reading that needs sentencepiece and protobuf."""
+    import json
+
+    from sentencepiece import sentencepiece_model_pb2
+
+    pb = sentencepiece_model_pb2  # its classes are made at run time
+    model, kind = pb.ModelProto(), pb.ModelProto.SentencePiece  # pyright: ignore[reportAttributeAccessIssue]
+    spec = model.trainer_spec
+    spec.model_type, spec.pad_id, spec.eos_id, spec.unk_id, spec.bos_id = 1, 0, 1, 2, -1
+    pieces = [("<pad>", kind.CONTROL), ("</s>", kind.CONTROL), ("<unk>", kind.UNKNOWN)]
+    for rank, (piece, type_) in enumerate([*pieces, *((f"\u2581{w}", kind.NORMAL) for w in ("a", "red", "circle"))]):
+        model.pieces.add(piece=piece, score=-float(rank), type=type_)
+    folder = Path(shutil.copytree(checkpoints / "tiny-t2v", tmp_path / "models" / "released"))
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "spiece.model").write_bytes(model.SerializeToString())
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 226, "extra_ids": 0, "legacy": True}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, _ = load_text(choose_base(host, "released").checkpoint(), torch.float32)
+    assert tokenizer("a red circle").input_ids == [3, 4, 5, 1]
+    with bases.session(choose_base(host, "released")) as session:
+        assert session.encode(["a red circle"]).shape == (1, 24, 64)
