@@ -18,6 +18,7 @@ from typing import Any
 
 from nodes.engine import VERSION
 from nodes.engine.errors import CogLoomError, UsageError
+from nodes.engine.files import write_atomic
 from nodes.host import LocalHost
 
 EPILOG = """
@@ -179,7 +180,7 @@ def _demo(host: LocalHost, args: argparse.Namespace) -> int:
     print(f"base verified: with the stack off every weight is {verified}")
     print(f"\ngrid:          {shown.grid}\ncontact sheet: {shown.sheet}")
     if args.json:
-        _write(args.json, json.dumps(shown.to_json(), indent=2) + "\n")
+        write_atomic(args.json, (json.dumps(shown.to_json(), indent=2) + "\n").encode())
     return 0 if shown.base_verified else 1
 
 
@@ -340,14 +341,6 @@ def _short(value: Any) -> str:
 
 def _width() -> int:
     return max(60, shutil.get_terminal_size((100, 24)).columns)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}).") from error
 
 
 def _say_error(message: str) -> None:

@@ -312,7 +312,9 @@ def train(out: Path, stage: str, steps: int, size: int, lr: float, compiled: boo
         x0 = latents[pick].float()
         noise = torch.randn(x0.shape, generator=generator)
         ids = encode([words(scenes[i], rng) for i in pick.tolist()])
-        loss = trainer.loss(forward, x0, ids, timesteps(size, generator, focus), noise, condition_of(firsts[pick])).mean()
+        loss = trainer.loss(
+            forward, x0, ids, timesteps(size, generator, focus), noise, condition_of(firsts[pick])
+        ).mean()
         trainer.update(loss)
         recent.append(loss.item())
         if trainer.step % 50 == 0:
@@ -422,7 +424,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", choices=("latents", "base", "i2v", "export", "preview"), required=True)
     parser.add_argument("--to", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=2900)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--focus", type=float, default=0.0, help="share of timesteps drawn from 400 to 800")

@@ -56,9 +56,9 @@ _SD_PIXELS, _HD_PIXELS = 720 * 720, 1360 * 1360
 
 FAMILIES: tuple[Family, ...] = (
     Family("cogloom-demo", "Embedded demo, text to video", None, "t2v", 192, 6, 6, None, 8, 17, 33, ((64, 64),),
-           32, 96 * 96, 8, "fp32", 4.0, "ddim", steps=30),
+           32, 96 * 96, 8, "fp32", 2.0, "ddim", steps=30),
     Family("cogloom-demo-i2v", "Embedded demo, image to video", None, "i2v", 192, 6, 12, None, 8, 17, 33, ((64, 64),),
-           32, 96 * 96, 8, "fp32", 3.0, "ddim", steps=30),
+           32, 96 * 96, 8, "fp32", 2.0, "ddim", steps=30),
     Family("CogVideoX-2b", "CogVideoX 2B, text to video", "zai-org/CogVideoX-2b", "t2v", 1920, 30, 16, None,
            8, 49, 49, _SD, 128, _SD_PIXELS, 8, "fp16", 6.0, "ddim"),
     Family("CogVideoX-5b", "CogVideoX 5B, text to video", "zai-org/CogVideoX-5b", "t2v", 3072, 42, 16, None,

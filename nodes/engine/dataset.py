@@ -9,18 +9,15 @@ image to video, line by line), and a plain folder in which `x.mp4` or `x.png` li
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import CogLoomError, DatasetError, DiskFull, MediaError, UsageError
+from .errors import CogLoomError, DatasetError, MediaError
+from .files import write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -234,33 +231,6 @@ def weights_hash(module: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The whole file or none: a temporary file beside it, flushed to the disk, then renamed.
-
-    Raises:
-        DiskFull, UsageError: no room, or no leave to write there; nothing is left behind.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise DiskFull(
-                f"{path} needs {len(data):,} bytes and the disk is full; free some space and start again."
-            ) from error
-        raise UsageError(f"{path} cannot be written ({error.strerror}); choose another folder.") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
 
 
 # --- reading folders ---

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .dataset import Encoded, Item, encode, fingerprint, write_atomic
+from .dataset import Encoded, Item, encode, fingerprint
 from .errors import (
     Cancelled,
     DatasetError,
@@ -40,6 +40,7 @@ from .errors import (
     UsageError,
     WrongFamily,
 )
+from .files import write_atomic
 
 if TYPE_CHECKING:
     import torch

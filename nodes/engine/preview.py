@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from .errors import CogLoomError
+from .files import write_atomic
 
 log = logging.getLogger("cogloom")
 FILE = "preview.json"
@@ -56,15 +58,16 @@ def load(vae_folder: Path, vae_hash: str, cache: Path) -> torch.Tensor | None:
 
 
 def keep(factors: torch.Tensor, vae_hash: str, cache: Path) -> None:
-    write(factors, _cached(cache, vae_hash))
+    """In the cache; a disk that is full costs the colours of later previews, not the clip."""
+    try:
+        write(factors, _cached(cache, vae_hash))
+    except CogLoomError as error:
+        log.warning("the preview map could not be kept (%s)", error)
 
 
 def write(factors: torch.Tensor, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
     rows = [[round(v, 5) for v in row] for row in factors.tolist()]
-    part.write_text(json.dumps({"factors": rows}), encoding="utf-8")
-    os.replace(part, file)
+    write_atomic(file, json.dumps({"factors": rows}).encode())
 
 
 def _cached(cache: Path, vae_hash: str) -> Path:

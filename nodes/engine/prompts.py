@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 import torch
+
+from .errors import CogLoomError
+from .files import write_atomic
 
 log = logging.getLogger("cogloom")
 LIMIT = 1 << 30  # bytes; a real prompt takes 1.8 MB
@@ -50,13 +52,10 @@ class PromptCache:
         if file is None:
             return
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-                part.write(save({"states": states.contiguous()}))
-            os.replace(part.name, file)
+            write_atomic(file, save({"states": states.contiguous()}))
             self._prune()
-        except OSError as error:
-            log.warning("the prompt's encoding could not be kept in %s (%s)", file.parent, error)
+        except (CogLoomError, OSError) as error:
+            log.warning("the prompt's encoding could not be kept (%s)", error)
 
     def _prune(self) -> None:
         assert self._folder is not None

@@ -7,7 +7,6 @@ header is checked before anything is allocated, and the data is read once into p
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -15,7 +14,6 @@ import os
 import re
 import stat
 import struct
-import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +23,8 @@ from typing import Any
 
 import torch
 
-from .errors import AdapterError, AdapterNotFound, AdapterUnreadable, DiskFull
+from .errors import AdapterError, AdapterNotFound, AdapterUnreadable
+from .files import replacing
 
 HEADER_CAP = 8 << 20  # bytes; the largest real ones, with a thumbnail inside, stay below 2 MiB
 TENSOR_CAP = 20_000
@@ -287,21 +286,9 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
             f"{path.name}: its header would be {len(head):,} bytes long, more than the {HEADER_CAP:,} that are read. "
             "Shorten the metadata; nothing was written."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")  # beside it, so that the last step is a rename
-    try:
-        with open(draft, "xb") as file:
-            file.write(struct.pack("<Q", len(head)) + head)
-            for _, tensor in sorted(tensors.items()):
-                file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise DiskFull(
-                f"{path}: the disk is full; {position:,} bytes were to be written. Make room and try again."
-            ) from error
-        raise
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(path) as part, open(part, "xb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for _, tensor in sorted(tensors.items()):
+            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())

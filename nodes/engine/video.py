@@ -18,8 +18,6 @@ import errno
 import json
 import os
 import re
-import secrets
-import shutil
 import subprocess
 import tempfile
 import time
@@ -30,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import DiskFull, MediaError, Unreadable, UsageError
+from .errors import MediaError, Unreadable, UsageError
+from .files import replacing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -122,7 +121,7 @@ def write_video(
     tags = _checked_tags(tags, path)
     crf = _crf(container, quality, path)
     gif = path.suffix.lower() == ".gif"
-    with _atomic(path) as part:
+    with replacing(path) as part:
         notes = part.with_suffix(".ffmeta")  # a file, since Windows ends a command line after 32,767 characters
         try:
             notes.write_text(_ffmetadata({} if gif else tags), encoding="utf-8", newline="")
@@ -159,7 +158,7 @@ def write_png(picture: Image.Image | torch.Tensor, path: Path, tags: dict[str, s
     for name, text in _checked_tags(tags, path).items():
         # A tEXt chunk is Latin-1 by the standard and UTF-8 to some readers: anything beyond ASCII goes into iTXt.
         (chunks.add_text if text.isascii() else chunks.add_itxt)(name, text)
-    with _atomic(path) as part:
+    with replacing(path) as part:
         picture.save(part, format="PNG", pnginfo=chunks)
     return path
 
@@ -210,38 +209,6 @@ def _crf(container: _Container, quality: int | None, path: Path) -> list[str]:
     return ["-crf", str(quality)]
 
 
-@contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path`, which becomes `path` when the body ends well and is removed when it does not."""
-    # The stem is cut, for the longer name must still fit the file system's 255 bytes.
-    part = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.part{path.suffix.lower()}").absolute()
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _cannot_write(path, error) from error
-        raise
-
-
-def _cannot_write(path: Path, error: OSError) -> MediaError:
-    folder = path.absolute().parent
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-        return DiskFull(
-            f"{path.name}: no room on the disk: {shutil.disk_usage(folder).free:,} bytes are free in {folder}, and it "
-            "needs more. Free some, or choose another output folder, and save again; nothing was changed."
-        )
-    if error.errno == errno.EFBIG:
-        return DiskFull(
-            f"{path.name}: larger than the largest file that {folder} takes (FAT32 ends at 4 GiB, `ulimit -f` may be "
-            "lower). Save fewer frames or choose another output folder; nothing was changed."
-        )
-    return MediaError(f"{path.name}: cannot be written in {folder}: {error.strerror or error}.")
-
-
 def _encode(frames: torch.Tensor, arguments: list[str], path: Path) -> None:
     arguments = ["-loglevel", "level+error", "-y", *arguments]
     with _ffmpeg(arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as (process, finish):
@@ -262,7 +229,7 @@ def _encode(frames: torch.Tensor, arguments: list[str], path: Path) -> None:
         ("File too large", errno.EFBIG),
     ):
         if words in end.text:
-            raise OSError(number, words)  # which `_atomic` translates
+            raise OSError(number, words)  # which `replacing` translates
     why = end.errors[0] if end.errors else "it said nothing"
     raise MediaError(f"{path.name}: ffmpeg could not write it: {why} (code {end.code}).")
 

@@ -13,8 +13,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 
 from demo.world import Scene, draw
-from nodes.engine.dataset import encode, fingerprint, fit, scan, to_frames, weights_hash, write_atomic
+from nodes.engine.dataset import encode, fingerprint, fit, scan, to_frames, weights_hash
 from nodes.engine.errors import Cancelled, DatasetError, UsageError
+from nodes.engine.files import write_atomic
 from nodes.engine.video import write_png, write_video
 
 

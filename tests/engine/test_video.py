@@ -14,6 +14,7 @@ import torch
 
 from nodes.engine import video
 from nodes.engine.errors import DiskFull, MediaError, Unreadable, UsageError
+from nodes.engine.files import cannot_write
 from nodes.engine.video import (
     SUFFIXES,
     eight_bit,
@@ -320,7 +321,7 @@ def test_a_folder_in_the_way(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "clip.mkv").mkdir()
     for path in (tmp_path / "clip.mkv", tmp_path / "file" / "clip.mkv"):
-        with pytest.raises(MediaError, match=r"clip\.mkv: cannot be written in "):
+        with pytest.raises(UsageError, match=r"clip\.mkv: cannot be written in "):
             write_video(smooth(1), path, 8)
     assert names(tmp_path) == ["clip.mkv", "file"]
 
@@ -357,7 +358,7 @@ def test_a_full_disk_is_said_and_leaves_the_older_file(tmp_path):
 
 
 def test_no_room_says_how_much_there_is(tmp_path):
-    error = video._cannot_write(tmp_path / "clip.mp4", OSError(28, "No space left on device"))
+    error = cannot_write(tmp_path / "clip.mp4", OSError(28, "No space left on device"))
     assert isinstance(error, DiskFull)
     assert str(error).startswith("clip.mp4: no room on the disk: ")
     assert f"bytes are free in {tmp_path}" in str(error)
