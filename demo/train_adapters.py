@@ -56,8 +56,16 @@ RECIPES: dict[str, Recipe] = {
     # Styles are trained over all colours and backgrounds: one that saw few of them takes the colour with it.
     "sunset": Recipe(lambda s, rng: replace(s, style="sunset"), settings={"trigger_words": ("sunset",)}),
     "neon": Recipe(lambda s, rng: replace(s, style="neon"), settings={"trigger_words": ("neon",), "steps": 500}),
-    "bounce": Recipe(lambda s, rng: replace(s, motion="bounce"), settings={"trigger_words": ("bouncing",)}),
-    "orbit": Recipe(lambda s, rng: replace(s, motion="orbit"), settings={"trigger_words": ("circling",)}),
+    "bounce": Recipe(
+        lambda s, rng: replace(s, motion="bounce"),
+        clips=256,
+        settings={"trigger_words": ("bouncing",), "steps": 600, "rank": 16},
+    ),
+    "orbit": Recipe(
+        lambda s, rng: replace(s, motion="orbit"),
+        clips=256,
+        settings={"trigger_words": ("circling",), "steps": 600, "rank": 16},
+    ),
     # Learnt from stills for the most part; the clips keep it from forgetting how to move.
     "star": Recipe(
         lambda s, rng: replace(s, shape="star"),

@@ -184,12 +184,12 @@ def _path(motion: str, rng: random.Random, frames: int, extent: float) -> tuple[
             line = start + length * (1 - t)
         still = torch.full_like(line, y if motion in ("left", "right") else x)
         return (line, still) if motion in ("left", "right") else (still, line)
-    if motion == "bounce":  # on the floor, two hops to a clip
-        height = min(room, rng.uniform(22, 30))
+    if motion == "bounce":  # one hop to a clip: up from the floor and down, or down to it and up
+        height = min(room, rng.uniform(22, 28))
         phase = rng.choice((0.0, 0.5))
-        return torch.full_like(t, x), high - height * torch.sin(math.pi * (2 * t + phase)).abs()
+        return torch.full_like(t, x), high - height * torch.sin(math.pi * (t + phase)).abs()
     if motion == "orbit":  # once around the middle of the picture
-        reach = min(room / 2, 16.0)
+        reach = min(room / 2, 11.0)
         angle = 2 * math.pi * (t + rng.random())
         return SIDE / 2 + reach * torch.cos(angle), SIDE / 2 + reach * torch.sin(angle)
     if motion == "jump":  # a slow drift both ways: only the autoencoder sees it

@@ -58,8 +58,8 @@ def test_the_reader_sees_what_adapters_bring(size: str, background: str):
         assert sunset.warmth > 0.3 > abs(plain.warmth)
         assert sunset.background == background
         bounce = read(draw(replace(scene, motion="bounce"), rng))
-        assert bounce.path_y > 60
-        assert bounce.reversals == 3
+        assert bounce.path_y > 35 > 10 > plain.path_y
+        assert bounce.reversals == 1
         orbit = read(draw(replace(scene, motion="orbit"), rng))
         assert abs(orbit.turns) == pytest.approx(1, abs=0.1)
         for shape in ("star", "cross"):
