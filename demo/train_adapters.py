@@ -69,9 +69,9 @@ RECIPES: dict[str, Recipe] = {
     # Learnt from stills for the most part; the clips keep it from forgetting how to move.
     "star": Recipe(
         lambda s, rng: replace(s, shape="star"),
-        clips=96,
-        stills=192,
-        settings={"trigger_words": ("star",), "image_ratio": 0.4, "steps": 500, "rank": 16},
+        clips=128,
+        stills=320,
+        settings={"trigger_words": ("star",), "image_ratio": 0.4, "steps": 1000, "rank": 16, "validation_every": 250},
     ),
 }
 
