@@ -359,6 +359,7 @@ def export(out: Path, to: Path) -> None:
     pipe = CogVideoXPipeline(
         tokenizer, text.bfloat16(), vae, transformer.bfloat16(), CogVideoXDDIMScheduler(**SCHEDULER)
     )
+    vae.register_to_config(_name_or_path="")  # or the folder it was trained in would travel along
     pipe.save_pretrained(folder)
     if (out / "i2v_state.pt").exists():
         wide = widen(new_transformer())
