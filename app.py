@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "render the demo: one base, its adapters alone, stacked, and at several weights")
     demo.add_argument("--prompt", help="what to show; the toy world knows sizes, colours, shapes, motions, backgrounds")
-    demo.add_argument("--seed", type=int, default=2)
+    demo.add_argument("--seed", type=int, default=3)
     demo.add_argument("--json", type=Path, metavar="FILE", help="write what was done as data, too")
 
     render = command("render", _render, "render one clip")

@@ -14,7 +14,7 @@ from .lora import DEMO_ADAPTERS, stack_loras
 from .model import choose_base
 from .render import Shot, render, save
 
-PROMPT = "a small yellow triangle bouncing on a black background"
+PROMPT = "a large yellow triangle bouncing on a navy background"
 STYLE, MOTION = "sunset", "bounce"
 SWEEP = (0.25, 0.5, 0.75, 1.25)
 SCALE = 3  # a 64 px picture is too small to look at
@@ -39,7 +39,7 @@ class Shown:
 
 
 def showcase(
-    host: Host, prompt: str = PROMPT, seed: int = 2, style: str = STYLE, motion: str = MOTION, folder: str = "demo"
+    host: Host, prompt: str = PROMPT, seed: int = 3, style: str = STYLE, motion: str = MOTION, folder: str = "demo"
 ) -> Shown:
     """Render the demo's clips into `folder` of the host's output: labelled clips, a grid, a contact sheet.
 
