@@ -9,7 +9,6 @@ python demo/train_base.py --out FOLDER --stage export --to demo    diffusers fol
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import random
@@ -227,7 +226,7 @@ class Trainer:
 
     def update(self, loss: torch.Tensor) -> None:
         progress = self.step / self.steps
-        scale = min(1.0, (self.step + 1) / 150) * min(1.0, 2.2 * (1 - progress)) ** 1.0
+        scale = min(1.0, (self.step + 1) / 150) * min(1.0, 2.2 * (1 - progress))
         for optimiser, peak in zip(self.optimisers, self.peaks, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = peak * max(scale, 0.01)
@@ -390,7 +389,7 @@ def preview(out: Path, count: int, steps: int = 20, guidance: float = 4.0, sheet
     scenes = [random_scene(rng, train=False) for _ in range(count)]
     right = dict.fromkeys(("colour", "background", "shape", "size", "motion"), 0)
     rows = []
-    with torch.autocast("cpu", torch.bfloat16) if True else contextlib.nullcontext():
+    with torch.autocast("cpu", torch.bfloat16):
         for start in range(0, count, 8):
             group = scenes[start : start + 8]
             clips = pipe(

@@ -160,12 +160,6 @@ def draw(scene: Scene, rng: random.Random, frames: int = FRAMES, side: int = SID
     return canvas.clamp(0, 1).contiguous()
 
 
-def sharpness_weight(clip: torch.Tensor) -> torch.Tensor:
-    """Where a clip differs from its own per-frame border colour: (..., H, W, 3) -> (..., H, W, 1) in [0, 1]."""
-    border = clip[..., :1, :1, :]
-    return ((clip - border).abs().amax(-1, keepdim=True) > 0.08).float()
-
-
 def _half_extent(shape: str, radius: float) -> float:
     return radius * {"circle": 1.0, "square": 0.89, "triangle": 1.4, "star": 1.4, "cross": 1.2}.get(shape, 1.25)
 
