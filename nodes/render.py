@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .engine import VERSION, preview, video
-from .engine.checkpoints import fingerprint
+from .engine.checkpoints import Checkpoint, fingerprint
 from .engine.denoise import Settings, decode, denoise, task_of
 from .engine.errors import UsageError
 from .engine.lora_stack import LoraStack
@@ -82,8 +82,17 @@ def settings_for(base: Base, shot: Shot) -> Settings:
     return settings
 
 
-def render(host: Host, base: Base, stack: LoraStack, shot: Shot) -> Clip:
-    """Load the base if it is not resident, make it hold the stack, denoise, decode.
+def tokens_of(checkpoint: Checkpoint, settings: Settings) -> int:
+    """That go through a linear layer in one step: text and latent patches, of both guidance branches."""
+    shape = checkpoint.check_geometry(settings.frames, settings.width, settings.height)
+    patch_t = checkpoint.family.patch_size_t or 1
+    patches = -(-shape.frames // patch_t) * (shape.height // checkpoint.patch) * (shape.width // checkpoint.patch)
+    return (checkpoint.text_length + patches) * (2 if settings.guidance > 1 else 1)
+
+
+def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = False) -> Clip:
+    """Load the base if it is not resident, make it hold the stack, denoise, decode. With `verify`, prove afterwards that
+    the transformer is what base and stack make of it; the record says so.
 
     Raises:
         GeometryError, ModelError, AdapterError, StackError, Cancelled. Nothing is left half done: the base keeps the
@@ -98,7 +107,10 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot) -> Clip:
         notes.append(text)
         host.progress(0, settings.steps, text)
 
-    with bases.session(base, adapters, host.cache_folder, note, host.check_cancelled) as session:
+    tokens = tokens_of(checkpoint, settings)
+    with bases.session(
+        base, adapters, host.cache_folder, note, host.check_cancelled, stack.hold, tokens
+    ) as session:
         started = time.perf_counter()
         vae_folder = checkpoint.part("vae")
         vae_hash = fingerprint(vae_folder)
@@ -114,6 +126,7 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot) -> Clip:
             preview.keep(preview.fit(latents[0], frames), vae_hash, host.cache_folder)
         seconds = time.perf_counter() - started
         resident = session.resident
+        holds = dict(session.holds)
         record = {
             "made_with": {
                 "cogloom": VERSION,
@@ -130,11 +143,24 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot) -> Clip:
                 "device": resident.placement.device,
                 "placement": resident.placement.kind,
             },
-            # Read back from the switch: what the transformer held, not what was asked for.
             "loras": [
-                {"name": a.name, "weight": w, "sha256": a.sha256, "scale": a.scale_reason}
-                for a, w in resident.switch.held
+                {
+                    "name": adapter.name,
+                    "weight": entry.weight,
+                    "blocks": entry.blocks,
+                    "steps": entry.steps,
+                    "partial": entry.partial,
+                    "sha256": adapter.sha256,
+                    "scale": adapter.scale_reason,
+                    "tensors": f"{adapter.tensors_used}/{adapter.tensors_total}",
+                    "hold": holds[adapter.name].hold,
+                    "hold_reason": holds[adapter.name].reason,
+                }
+                for adapter, entry in session.stack
             ],
+            # Read back from the switch before each step that changed something, not what was asked for.
+            "weights": [[step, [list(pair) for pair in names]] for step, names in session.weights],
+            "verified": str(resident.switch.verify()) if verify else None,
             "settings": asdict(settings),
             "image": _hash(shot.image),
             "video": _hash(shot.video),

@@ -77,4 +77,13 @@ def write_lora(path: Path, targets: dict[str, tuple[int, ...]], rank: int = 4, a
 
 
 def attention(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, shape in shapes.items() if ".attn1.to_" in name}
+    """Of a base's parameter shapes, the attention's linear layers: layer path -> weight shape."""
+    return _layers(shapes, ".attn1.to_")
+
+
+def forward(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return _layers(shapes, ".ff.")
+
+
+def _layers(shapes: dict[str, tuple[int, ...]], part: str) -> dict[str, tuple[int, ...]]:
+    return {name[: -len(".weight")]: s for name, s in shapes.items() if part in name and name.endswith(".weight")}

@@ -166,6 +166,7 @@ def denoise(
 
     def before_step(step: int) -> None:
         check()
+        session.before_step(step, total)
         pipe._guidance_scale = guidance_at(settings, step, total)
 
     latest: list[torch.Tensor] = []

@@ -53,6 +53,11 @@ class Module:
         """The true scale: the factor at which weight 1.0 means "as trained"."""
         raise NotImplementedError
 
+    @property
+    def factor_rank(self) -> int:
+        """R of `factors()`, without computing them; 0 where there are none."""
+        return 0
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(up (out, R), down (R, in)) with strength · up·down = the difference, flattened; None where there are none.
 
@@ -98,6 +103,10 @@ class LoRA(Module):
     def strength(self) -> float:
         return self.scale
 
+    @property
+    def factor_rank(self) -> int:
+        return self.A.shape[0]
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B.flatten(1), self.A.flatten(1)
 
@@ -126,9 +135,14 @@ class LoHa(Module):
     def strength(self) -> float:
         return self.scale
 
+    @property
+    def factor_rank(self) -> int:
+        rank = self.w1b.shape[0] * self.w2b.shape[0]
+        return rank if rank <= FACTORS_CAP else 0
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Exact: the Hadamard product of ranks r and s is of rank r·s, with row-wise products for factors."""
-        if self.w1b.shape[0] * self.w2b.shape[0] > FACTORS_CAP:
+        if not self.factor_rank:
             return None
         w1a, w1b, w2a, w2b = (t.float() for t in (self.w1a, self.w1b, self.w2a, self.w2b))
         up = torch.einsum("or,os->ors", w1a, w2a).flatten(1)
@@ -163,11 +177,16 @@ class LoKr(Module):
     def strength(self) -> float:
         return self.scale
 
+    @property
+    def factor_rank(self) -> int:
+        rank = math.prod(side[1].shape[0] if len(side) == 2 else min(side[0].shape) for side in (self.w1, self.w2))
+        return rank if rank <= FACTORS_CAP else 0
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """kron(a·b, c·d) = kron(a, c)·kron(b, d), exactly; a full side counts as itself times one."""
-        (a, b), (c, d) = (_halves(side) for side in (self.w1, self.w2))
-        if a.shape[1] * c.shape[1] > FACTORS_CAP:
+        if not self.factor_rank:
             return None
+        (a, b), (c, d) = (_halves(side) for side in (self.w1, self.w2))
         return torch.kron(a, c), torch.kron(b, d)
 
     def dense(self, pristine: Tensor) -> Tensor:

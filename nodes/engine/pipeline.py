@@ -7,29 +7,36 @@ transformer hold exactly the wanted adapters, and lends it. Every place that nee
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoints import DEMO, Checkpoint, fingerprint, open_checkpoint, part_bytes, part_files
+from .effect import effect
 from .errors import CogLoomError, NotAModel, NotEnoughMemory, PlacementError, UsageError
-from .lora_file import Adapter, check_fits
+from .hold import Choice, choose_hold
+from .lora_file import Adapter, fit
+from .lora_stack import Blocks, Entry, LoraStack, Strength
+from .pristine import PristineFiles
 from .prompts import PromptCache
-from .switch import PristineFiles, Swap, Switch
+from .switch import Swap, Switch, Verdict
 
 log = logging.getLogger("cogloom")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PLACEMENTS = ("auto", "resident", "model", "group", "sequential")
+QUANTISED = ("none", "int8", "fp8")
 SMALL = 512 << 20  # bytes; a text encoder up to this size stays loaded
 
 
@@ -45,15 +52,25 @@ class Base:
     vae_slicing: bool = False
     vae_tiling: bool = False
     compile: bool = False
+    quantise: str = "none"  # none, int8 (torchao, weights only), fp8 (cast for storage, computed in `dtype`)
+    rank_budget: int = 128  # ranks of a stack held at run time that are compiled in beforehand
 
     def __post_init__(self) -> None:
         for value, legal, what in (
             (self.dtype, ("auto", *DTYPES), "dtype"),
             (self.device, DEVICES, "device"),
             (self.placement, PLACEMENTS, "placement"),
+            (self.quantise, QUANTISED, "quantise"),
         ):
             if value not in legal:
                 raise UsageError(f"{what} {value!r} is none of {', '.join(legal)}.")
+        if not 0 < self.rank_budget <= 4096:
+            raise UsageError(f"the rank budget is {self.rank_budget}; it lies above 0 and up to 4096.")
+        if self.quantise != "none" and self.placement in ("group", "sequential"):
+            raise PlacementError(
+                f"{self.quantise} weights are not moved in parts: placement {self.placement} is for float bases. Choose "
+                "placement auto, resident or model, or quantise none."
+            )
 
     def checkpoint(self) -> Checkpoint:
         return open_checkpoint(Path(self.folder))
@@ -113,6 +130,8 @@ def plan_placement(
         dtype = family_dtype if device != "cpu" or family_dtype == "fp32" else "bf16"
     scale = 2 if dtype == "fp32" else 1
     transformer, vae, text = (scale * sizes[k] for k in ("transformer", "vae", "text_encoder"))
+    if base.quantise != "none":
+        transformer = sizes["transformer"] // 2
     denoising, decoding = work
     gib = 1 / (1 << 30)
     if device == "cpu":
@@ -136,10 +155,11 @@ def plan_placement(
         "sequential": vae + max(transformer // 60 + denoising, decoding),
     }
     if base.placement == "auto":
-        kind = next((k for k, n in need.items() if n <= 0.92 * free), None)
+        kinds = ("resident", "model") if base.quantise != "none" else tuple(need)
+        kind = next((k for k in kinds if need[k] <= 0.92 * free), None)
         if kind is None:
             raise NotEnoughMemory(
-                f"Even sequential offload of this base needs about {need['sequential'] * gib:.1f} GiB on {device} and "
+                f"Even {kinds[-1]} offload of this base needs about {need[kinds[-1]] * gib:.1f} GiB on {device} and "
                 f"{free * gib:.1f} are free. Turn VAE tiling on, choose fewer frames or a smaller size, or device cpu."
             )
         why = f"auto chose {kind}"
@@ -166,9 +186,46 @@ class Resident:
         folder = checkpoint.part("transformer")
         self.hash = fingerprint(folder)
         self.transformer = load_transformer(checkpoint, self.dtype)
-        self.switch = Switch(self.transformer, PristineFiles(part_files(folder), self.dtype))
+        self._quantise()
+        # Before the placement's hooks, so that it sees every parameter where it was loaded.
+        self.switch = Switch(self.transformer, PristineFiles(part_files(folder), self.dtype), self.dtype, self.device)
         self.shapes = self.switch.shapes()
+        self._fitted: weakref.WeakKeyDictionary[Adapter, dict[bool, Adapter]] = weakref.WeakKeyDictionary()
         self._place()
+        self.switch.seal()
+
+    def _quantise(self) -> None:
+        if self.base.quantise == "int8":
+            try:
+                from torchao.quantization import Int8WeightOnlyConfig, quantize_
+            except ImportError as error:
+                raise PlacementError("int8 needs torchao: `pip install torchao`; or choose quantise none.") from error
+
+            blocks = "transformer_blocks."  # the few layers outside are small, and the picture hangs on them
+            quantize_(
+                self.transformer.to(self.device) if self.placement.kind == "resident" else self.transformer,
+                Int8WeightOnlyConfig(),
+                filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and name.startswith(blocks),
+            )
+        elif self.base.quantise == "fp8":
+            self.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
+
+    def fitted(self, adapter: Adapter, partial: bool) -> Adapter:
+        """The adapter, or with `partial` the share of it that fits. Raises AdapterMismatch."""
+        known = self._fitted.setdefault(adapter, {})
+        if partial not in known:
+            family = self.checkpoint.family
+            known[partial] = fit(adapter, self.shapes, self.checkpoint.name, family.width, family.blocks, partial)
+        return known[partial]
+
+    def choose_hold(self, adapter: Adapter, strength: float | Strength, prefer: str, tokens: int, scheduled: bool) -> Choice:
+        fusable, ratio = self.switch.fusable(), None
+        if prefer == "auto" and fusable and not scheduled and self.dtype != torch.float32:
+            ratio = effect(adapter, strength, self.switch.norms, self.switch.pristine).overall
+        return choose_hold(
+            prefer, fusable=fusable, dtype=self.dtype, width=self.checkpoint.family.width, tokens=tokens,
+            scheduled=scheduled, ratio=ratio,
+        )  # fmt: skip
 
     def _place(self) -> None:
         kind, model = self.placement.kind, self.transformer
@@ -188,6 +245,8 @@ class Resident:
             cpu_offload(model, execution_device=self.device)
         if self.base.compile:
             # The class lists no repeated blocks, and without them diffusers refuses; one block compiled serves all.
+            if not self.switch.fusable():
+                self.switch.reserve(self.base.rank_budget)  # shapes that stay, so that a new stack compiles nothing
             model._repeated_blocks = ["CogVideoXBlock"]
             model.compile_repeated_blocks(fullgraph=True)
 
@@ -205,7 +264,7 @@ class Resident:
             torch.cuda.empty_cache() if self.device.type == "cuda" else None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Session:
     """A base lent for a while, with its stack in place. Do not keep it after the `with` block."""
 
@@ -213,6 +272,17 @@ class Session:
     swap: Swap
     loaded: bool  # this session had to load the base
     encode: Callable[[Sequence[str]], torch.Tensor]  # prompts -> (B, text_length, D) in the base's dtype, on its device
+    stack: tuple[tuple[Adapter, Entry], ...]
+    holds: tuple[tuple[str, Choice], ...]  # adapter's name, how it is held and why
+    _stack: Callable[[float], Swap]  # make the transformer hold the stack as it is at a position, 0 the first step
+    _changes: Callable[[int], Sequence[int]]  # of so many steps, those before which a weight changes
+    weights: list[tuple[int, tuple[tuple[str, float], ...]]] = field(default_factory=list)  # read back: from step on
+
+    def before_step(self, step: int, total: int) -> None:
+        """Bring the weights to where their schedules have them. Raises what a swap raises."""
+        if step in self._changes(total):
+            self._stack(step / (total - 1) if total > 1 else 0.0)
+            self.weights.append((step, self.resident.switch.names))
 
 
 class Bases:
@@ -229,12 +299,15 @@ class Bases:
     def session(
         self,
         base: Base,
-        adapters: Sequence[tuple[Adapter, float]] = (),
+        adapters: Sequence[tuple[Adapter, Entry | float]] = (),
         cache: Path | None = None,
         note: Callable[[str], None] = log.info,
         check: Callable[[], None] = lambda: None,
+        hold: str = "auto",
+        tokens: int = 0,
     ) -> Iterator[Session]:
         """Lend `base` holding exactly `adapters`; `cache` is the folder for prompt encodings, `check` may cancel.
+        `hold` and `tokens` are those of `choose_hold`.
 
         Raises:
             ModelError, AdapterMismatch, StackError; whatever `check` raises. The earlier stack then stays active.
@@ -243,12 +316,38 @@ class Bases:
             loads = self.loads
             resident = self._ready(base, note)
             checkpoint = resident.checkpoint
-            for adapter, _ in adapters:
-                check_fits(adapter, resident.shapes, checkpoint.name, checkpoint.family.width, checkpoint.family.blocks)
+            family = checkpoint.family
+            wanted: list[tuple[Adapter, Entry]] = []
+            for adapter, entry in adapters:
+                entry = entry if isinstance(entry, Entry) else Entry(str(adapter.path), adapter.name, entry)
+                Blocks.parse(entry.blocks).check(family.blocks, checkpoint.name)
+                fitted = resident.fitted(adapter, entry.partial)
+                if fitted is not adapter:
+                    note(
+                        f"{adapter.name}: {fitted.tensors_used} of {fitted.tensors_total} tensors fit and are used; "
+                        f"not used are {', '.join(fitted.unused)}"
+                    )
+                wanted.append((fitted, entry))
+            chosen = {
+                id(adapter): resident.choose_hold(adapter, entry.strength(0.0), hold, tokens, bool(entry.steps))
+                for adapter, entry in wanted
+            }
+
+            def stacked_at(position: float) -> Swap:
+                now = [(adapter, _plain(entry.strength(position))) for adapter, entry in wanted]
+                return resident.switch.apply(now, check, lambda adapter, _: chosen[id(adapter)].hold)
+
+            changes = LoraStack(tuple(entry for _, entry in wanted)).changes
             try:
-                swap = resident.switch.apply(adapters, check)
                 yield Session(
-                    resident, swap, self.loads > loads, lambda texts: self._encode(resident, texts, cache, note)
+                    resident,
+                    stacked_at(0.0),
+                    self.loads > loads,
+                    lambda texts: self._encode(resident, texts, cache, note),
+                    tuple(wanted),
+                    tuple((adapter.name, chosen[id(adapter)]) for adapter, _ in wanted),
+                    stacked_at,
+                    functools.cache(changes),
                 )
             finally:
                 if resident.switch.spoiled:
@@ -351,6 +450,10 @@ class Bases:
                 self._texts.clear()
             for device in devices:
                 _collect(device)
+
+
+def _plain(strength: Strength) -> float | Strength:
+    return strength if str(strength.blocks) else strength.weight
 
 
 def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

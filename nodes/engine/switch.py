@@ -1,74 +1,180 @@
 """What the transformer holds right now, and the one place that writes to its weights.
 
-A stack is fused: W' = W + sum_i w_i s_i B_i A_i, computed per layer in one concatenated product, always from the
-pristine W, which is read again from the checkpoint's own file. Nothing is ever subtracted: after fuse and unfuse by
-subtraction 8 % of the bf16 weights are not what they were.
-
-`plan` is pure, `Switch.apply` acts; a swap that fails puts the earlier stack back before it raises.
+An adapter is held in one of two ways. *Fused*: W' = W + sum_i w_i s_i B_i A_i, per layer in one concatenated product,
+always from the pristine W, which is read again from the checkpoint's own file. Nothing is ever subtracted: after fuse
+and unfuse by subtraction 8 % of the bf16 weights are not what they were. *Stacked* at run time: see `arena`; the base
+is not touched. Both at once is fine; `plan` decides per parameter and is pure, `Switch.apply` acts, and a swap that
+fails puts the earlier stack back before it raises.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import AdapterMismatch, ModelError, NotAModel, StackError
+from .arena import Arenas, Layout
+from .errors import AdapterMismatch, StackError
+from .pristine import Checksum, PristineFiles, checksum, equal_bits, norm
 
 if TYPE_CHECKING:
-    from .lora_file import Adapter, Module
+    from .lora_file import Adapter
+    from .lora_kinds import Module
+    from .lora_stack import Strength
 
-Part = tuple["Module", float]  # one adapter's share in one layer, and its weight
+HOLDS = ("auto", "fused", "stacked")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Part = tuple["Module", float]  # one adapter's share in one parameter, and its weight
+Wanted = Iterable[tuple["Adapter", "float | Strength"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """One adapter as the transformer holds it: how strongly (several where it stands in the stack twice), and how."""
+
+    adapter: Adapter
+    strengths: tuple[float | Strength, ...]
+    hold: str  # fused, stacked, or both: each parameter in the way it can be
+
+    @property
+    def weight(self) -> float:
+        """Without what blocks make of it."""
+        return math.fsum(s if isinstance(s, float) else s.weight for s in self.strengths)
+
+    def of(self, path: str) -> float:
+        # fsum rounds once, so that the order of three weights cannot show.
+        return math.fsum(s if isinstance(s, float) else s.of(path) for s in self.strengths)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What can be done to one parameter of this base."""
+
+    fusable: bool  # a plain float tensor in the base's dtype, so that base and sum can be written to it exactly
+    stackable: bool  # the weight of a linear layer or a convolution, which a forward hook can add to
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a swap will do: the state it leads to, and per changed layer what is added to the pristine weight."""
+    """What a swap will do: the state it leads to, and what has to be written for it."""
 
-    held: tuple[tuple[Adapter, float], ...]  # sorted by content: same set, same bits
-    layers: Mapping[str, tuple[Part, ...]]
-    changed: tuple[str, ...]
+    held: tuple[Held, ...]  # sorted by content: same set, same bits
+    fused: Mapping[str, tuple[Part, ...]]  # parameter -> what is added to its pristine value
+    changed: tuple[str, ...]  # parameters to write
+    stacked: tuple[tuple[Held, Mapping[str, Module]], ...]  # what each holds at run time, by layer
 
 
 @dataclass(frozen=True)
 class Swap:
-    """What a swap did. `adapters` are (name, weight) read back from the switch, not from the request."""
+    """What a swap did. `before` and `after` are (name, weight) read back from the switch, not from the request."""
 
     before: tuple[tuple[str, float], ...]
     after: tuple[tuple[str, float], ...]
-    layers: int
+    layers: int  # whose weights or matrices were written
     seconds: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether every parameter is what base and stack make of it, to the bit."""
+
+    wrong: tuple[str, ...]  # names of parameters that are not
+    checked: int
+    fused: int  # of them, those that were made again from the file and compared
+
+    @property
+    def ok(self) -> bool:
+        return not self.wrong
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"base verified: {self.checked} tensors, {self.fused} of them with adapters, are right to the bit"
+        return f"base NOT as loaded: {len(self.wrong)} of {self.checked} tensors, the first {self.wrong[0]}"
 
 
 def plan(
     current: Mapping[str, tuple[Part, ...]],
-    wanted: Iterable[tuple[Adapter, float]],
+    wanted: Wanted,
+    targets: Mapping[str, Target],
+    hold: str | Callable[[Adapter, tuple[float | Strength, ...]], str] = "fused",
 ) -> Plan:
-    """Pure. Entries of one adapter add up, weight 0 is absence, and the order asked for does not matter."""
-    groups: dict[tuple[object, ...], list[tuple[Adapter, float]]] = {}
-    for adapter, weight in wanted:
-        groups.setdefault(_content(adapter), []).append((adapter, weight))
-    # fsum rounds once, so that the order of three weights cannot show.
-    summed = [(group[0][0], math.fsum(weight for _, weight in group)) for _, group in sorted(groups.items())]
-    held = tuple((adapter, weight) for adapter, weight in summed if weight != 0.0)
-    layers: dict[str, tuple[Part, ...]] = {}
-    for adapter, weight in held:
+    """Pure. Entries of one adapter add up, weight 0 is absence, and the order asked for does not matter.
+
+    `hold` is a preference: a parameter that cannot be held so is held the other way (a bias has no run-time form, a
+    quantised weight no fused one), and what can be held in neither is refused.
+
+    Raises:
+        AdapterMismatch: a parameter that the base does not have. StackError: one that cannot hold this kind.
+    """
+    wanted = tuple(wanted)
+    alike: dict[tuple[object, ...], set[int]] = {}
+    for adapter, _ in wanted:
+        alike.setdefault(_content(adapter), set()).add(id(adapter))
+    groups: dict[tuple[object, ...], list[tuple[Adapter, float | Strength]]] = {}
+    for adapter, strength in wanted:
+        content = _content(adapter)
+        # Two files that look alike from their samples: only now is the whole of them worth a hash.
+        key = (*content, adapter.sha256) if len(alike[content]) > 1 else content
+        groups.setdefault(key, []).append((adapter, strength))
+    held: list[Held] = []
+    fused: dict[str, list[Part]] = {}
+    stacked: list[tuple[Held, Mapping[str, Module]]] = []
+    for _, group in sorted(groups.items()):
+        adapter, strengths = group[0][0], tuple(sorted((s for _, s in group), key=str))
+        prefer = hold if isinstance(hold, str) else hold(adapter, strengths)
+        one = Held(adapter, strengths, prefer)
+        missing = [module.name for module in adapter.modules if module.name not in targets]
+        if missing:
+            raise AdapterMismatch(
+                f"{adapter.name}: {len(missing)} of {len(adapter.modules)} layers are not in this base, the first "
+                f"{missing[0]}; nothing changed."
+            )
+        layers: dict[str, Module] = {}
+        written = 0
         for module in adapter.modules:
-            layers[module.path] = (*layers.get(module.path, ()), (module, weight))
-    changed = tuple(path for path in sorted({*current, *layers}) if not _same(current.get(path), layers.get(path)))
-    return Plan(held, layers, changed)
+            weight = one.of(module.path)
+            if weight == 0.0:
+                continue
+            if _stacks(module, targets[module.name], one):
+                layers[module.path] = module
+            else:
+                fused.setdefault(module.name, []).append((module, weight))
+                written += 1
+        if written or layers:
+            one = Held(adapter, strengths, "both" if written and layers else "stacked" if layers else "fused")
+            held.append(one)
+        if layers:
+            stacked.append((one, layers))
+    after = {name: tuple(parts) for name, parts in fused.items()}
+    changed = tuple(name for name in sorted({*current, *after}) if not _same(current.get(name), after.get(name)))
+    return Plan(tuple(held), after, changed, tuple(stacked))
+
+
+def _stacks(module: Module, target: Target, held: Held) -> bool:
+    """At run time, or fused? Raises StackError when it can be neither."""
+    factored = target.stackable and module.leaf == "weight" and module.factor_rank > 0
+    if factored and (held.hold == "stacked" or not target.fusable):
+        return True
+    if target.fusable:
+        return False
+    raise StackError(
+        f"{held.adapter.name}: {module.name} is a {module.kind} module, which has no low-rank factors to hold at run "
+        "time, and this base's weights are quantised or cast, so it cannot be fused either. Choose a base without "
+        "quantisation, or extract a plain LoRA from the adapter; the earlier stack is active."
+    )
 
 
 def _content(adapter: Adapter) -> tuple[object, ...]:
     """What an adapter does, to the bit: its file, and the scales, which a sidecar may have changed."""
-    return adapter.sha256, tuple(module.scale for module in adapter.modules)
+    known = adapter.__dict__.get("_content")  # asked for at every swap; an adapter never changes
+    if known is None:
+        known = adapter.__dict__["_content"] = adapter.fingerprint, tuple(m.strength for m in adapter.modules)
+    return known
 
 
 def _same(old: tuple[Part, ...] | None, new: tuple[Part, ...] | None) -> bool:
@@ -77,110 +183,293 @@ def _same(old: tuple[Part, ...] | None, new: tuple[Part, ...] | None) -> bool:
     return all(a is c and b == d for (a, b), (c, d) in zip(old, new, strict=True))
 
 
+class Norms(dict[str, float]):
+    """‖W‖ of the base's parameters, each measured from its file when it is first asked for."""
+
+    def __init__(self, pristine: Callable[[str], torch.Tensor]) -> None:
+        super().__init__()
+        self._pristine = pristine
+
+    def __missing__(self, name: str) -> float:
+        self[name] = value = norm(self._pristine(name))
+        return value
+
+
 class Switch:
     """Holds one transformer's stack. Not thread-safe: the session's lock is."""
 
-    def __init__(self, transformer: torch.nn.Module, pristine: Callable[[str], torch.Tensor]) -> None:
-        """`pristine(name)` gives a parameter as a fresh load would, on the CPU, in the base's dtype."""
-        self._transformer = transformer
-        self._pristine = pristine
-        self._layers: Mapping[str, tuple[Part, ...]] = {}
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        pristine: PristineFiles,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """`pristine(name)` gives a parameter as a fresh load would, on the CPU. `dtype` and `device` are those that the
+        layers compute in and on, where the transformer's own parameters do not say."""
+        first = next(transformer.parameters())
+        dtype, device = dtype or first.dtype, device or first.device
+        self._transformer, self._pristine = transformer, pristine
+        self._dtype = dtype
+        self._owners = {
+            name: (transformer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+            for name, _ in transformer.named_parameters()
+        }
         self._modules = {
             name: module
             for name, module in transformer.named_modules()
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
         }
-        self.held: tuple[tuple[Adapter, float], ...] = ()  # what the transformer holds now
+        self._targets = {
+            name: Target(_plain(parameter, dtype), name.endswith(".weight") and name[:-7] in self._modules)
+            for name, parameter in transformer.named_parameters()
+        }
+        with torch.inference_mode(False), torch.no_grad():
+            self._arenas = Arenas(self._modules, dtype, device)
+        self._fused: Mapping[str, tuple[Part, ...]] = {}
+        self._sealed: dict[str, Checksum] = {}
+        self._whole = False  # every slot holds all of its adapter
+        self._direct: tuple[Adapter, ...] = ()  # the slots' adapters, when all of the stack is held at run time
+        self.norms = Norms(pristine)
+        self.held: tuple[Held, ...] = ()  # what the transformer holds now
         self.spoiled = False
 
     @property
     def names(self) -> tuple[tuple[str, float], ...]:
-        return tuple((adapter.name, weight) for adapter, weight in self.held)
+        return tuple((held.adapter.name, held.weight) for held in self.held)
+
+    @property
+    def pristine(self) -> Callable[[str], torch.Tensor]:
+        return self._pristine
+
+    @property
+    def arena_bytes(self) -> int:
+        """What the run-time hold takes besides the base."""
+        return self._arenas.nbytes
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Weight shape of each layer that an adapter can change; files are checked against it first."""
-        return {name: tuple(_storage(module, "weight").shape) for name, module in self._modules.items()}
+        """Shape of each parameter; files are checked against it first."""
+        return {name: tuple(_storage(*self._owners[name]).shape) for name in self._targets}
 
-    def apply(self, wanted: Iterable[tuple[Adapter, float]], check: Callable[[], None] = lambda: None) -> Swap:
+    def fusable(self) -> bool:
+        """False for a base whose layers are quantised or cast: adapters can be held at run time only."""
+        return all(self._targets[f"{name}.weight"].fusable for name in self._modules)
+
+    def reserve(self, rank: int, paths: Iterable[str] | None = None) -> None:
+        """Room for stacks of up to `rank` in total at run time, in these layers (default: the blocks' attention)."""
+        chosen = [p for p in self._modules if ".attn1." in p] if paths is None else list(paths)
+        with torch.inference_mode(False), torch.no_grad():
+            self._arenas.reserve(rank, chosen)
+
+    def apply(
+        self,
+        wanted: Wanted,
+        check: Callable[[], None] = lambda: None,
+        hold: str | Callable[[Adapter, tuple[float | Strength, ...]], str] = "fused",
+    ) -> Swap:
         """Make the transformer hold exactly this stack. `check` is called before each layer and may raise.
 
         Raises:
             AdapterMismatch: a layer that this transformer does not have.
-            StackError: the sum is not finite in the base's dtype.
+            StackError: the sum is not finite in the base's dtype, or the base cannot hold this kind of adapter.
             Whatever `check` raised. In every case the earlier stack is active again.
         """
         started = time.perf_counter()
-        target = plan(self._layers, wanted)
-        missing = [path for path in target.layers if path not in self._modules]
-        if missing:
-            raise AdapterMismatch(
-                f"{len(missing)} layers are not in this base, the first {missing[0]}; nothing changed."
-            )
-        before, done = self.names, []
+        wanted, before = tuple(wanted), self.names
+        if hold == "stacked" and self._only_weights(wanted):
+            check()
+            return self._reweigh(wanted, before, started)
+        target = plan(self._fused, wanted, self._targets, hold)
+        layout = self._layout(target)
         # ComfyUI runs nodes in inference mode; weights written there could never be trained or patched outside it.
         with torch.inference_mode(False), torch.no_grad():
-            _settle(self._transformer)
+            rows = self._arenas.paths_to_write(layout)
+            earlier, held = self._arenas.layout, self.held
+            fused_done: list[str] = []
+            rows_done: list[str] = []
             try:
-                for path in target.changed:
+                if target.changed:
+                    self._pristine.check()
+                    _settle(self._transformer)
+                for name in target.changed:
                     check()
-                    done.append(path)
-                    self._write(path, target.layers.get(path, ()))
+                    fused_done.append(name)
+                    self._write(name, target.fused.get(name, ()))
+                for path in rows:
+                    check()
+                    rows_done.append(path)
+                    self._arenas.write(path, layout)
+                self._weigh(layout, target.held)
             except BaseException:
-                self._roll_back(done)
+                self._roll_back(fused_done, rows_done, earlier, held)
                 raise
-        self._layers, self.held = target.layers, target.held
-        return Swap(before, self.names, len(target.changed), time.perf_counter() - started)
+            finally:
+                self._pristine.release()
+        self._fused, self.held = target.fused, target.held
+        self._direct = tuple(slot.adapter for slot in layout.slots) if not target.fused else ()
+        return Swap(before, self.names, len(target.changed) + len(rows), time.perf_counter() - started)
 
-    def _roll_back(self, paths: Iterable[str]) -> None:
+    def _only_weights(self, wanted: Sequence[tuple[Adapter, float | Strength]]) -> bool:
+        """The same adapters as before, each once and whole, with other numbers: the case of a slider that moves."""
+        return (
+            len(wanted) == len(self._direct) == len(self.held) > 0
+            and all(type(strength) is float and strength != 0.0 for _, strength in wanted)
+            and {id(adapter) for adapter, _ in wanted} == {id(adapter) for adapter in self._direct}
+            and all(held.hold == "stacked" for held in self.held)
+            # with blocks or with a part fused there is more to do
+            and self._whole
+        )
+
+    def _reweigh(
+        self,
+        wanted: Sequence[tuple[Adapter, float | Strength]],
+        before: tuple[tuple[str, float], ...],
+        started: float,
+    ) -> Swap:
+        weights = {id(adapter): strength for adapter, strength in wanted}
+        ordered = [weights[id(adapter)] for adapter in self._direct]
+        with torch.inference_mode(False), torch.no_grad():
+            self._arenas.set_weights(ordered)  # type: ignore[arg-type]
+        self.held = tuple(Held(a, (w,), "stacked") for a, w in zip(self._direct, ordered, strict=True))
+        return Swap(before, self.names, 0, time.perf_counter() - started)
+
+    def _layout(self, target: Plan) -> Layout:
+        """The present one when the same modules lie in it, so that nothing is written again."""
+        now = self._arenas.layout
+        same = len(now.slots) == len(target.stacked) and all(
+            slot.modules.keys() == modules.keys()
+            and all(slot.modules[path] is module for path, module in modules.items())
+            for slot, (_, modules) in zip(now.slots, target.stacked, strict=True)
+        )
+        return now if same else Layout.of([(held.adapter, modules) for held, modules in target.stacked])
+
+    def _weigh(self, layout: Layout, held: Sequence[Held]) -> None:
+        of = {id(one.adapter): one for one in held}
+        slots = [of[id(slot.adapter)] for slot in layout.slots]
+        self._arenas.finish(layout, lambda n, path: slots[n].of(path))
+        self._whole = all(len(slot.modules) == len(slot.adapter.modules) for slot in layout.slots)
+
+    def _roll_back(
+        self, fused: Iterable[str], rows: Iterable[str], layout: Layout, held: Sequence[Held]
+    ) -> None:
         try:
-            for path in paths:
-                self._write(path, self._layers.get(path, ()))
+            for name in fused:
+                self._write(name, self._fused.get(name, ()))
+            for path in rows:
+                self._arenas.write(path, layout)
+            self._weigh(layout, held)
         except BaseException:
             self.spoiled = True  # the owner drops this base and loads it again
             raise
 
-    def _write(self, path: str, parts: tuple[Part, ...]) -> None:
-        weight = _storage(self._modules[path], "weight")
-        pristine = self._pristine(f"{path}.weight")
-        if parts:
-            sum_ = _fused(pristine, parts, weight.device)
-            if not bool(torch.isfinite(sum_).all()):
+    def _write(self, name: str, parts: tuple[Part, ...]) -> None:
+        weight = _storage(*self._owners[name])
+        self._pristine.into(name, weight)
+        if not parts:
+            return
+        _add(weight, parts)
+        # A sum can only leave the dtype's range when a part could, which the factors tell beforehand; fp16 is narrow.
+        bound = math.fsum(abs(w) * module.bound for module, w in parts)
+        if weight.dtype == torch.float16 or not bound < 1e30:
+            low, high = torch.aminmax(weight)
+            if not (math.isfinite(low) and math.isfinite(high)):
                 raise StackError(
-                    f"{path}: base and adapters add up to numbers that {weight.dtype} cannot hold (weights "
+                    f"{name}: base and adapters add up to numbers that {weight.dtype} cannot hold (weights "
                     f"{', '.join(f'{w:g}' for _, w in parts)}). Lower the weights; the earlier stack is active."
                 )
-            weight.copy_(sum_)
-        else:
-            weight.copy_(pristine)
 
-    def differing(self) -> tuple[str, ...]:
-        """Names of parameters that are not bit-identical to the checkpoint's file; none when the stack is off."""
+    def seal(self) -> None:
+        """Keep a checksum of every parameter as it is now, right after the load."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._sealed = {name: checksum(_storage(*self._owners[name])) for name in self._targets}
+
+    def verify(self) -> Verdict:
+        """Prove that every parameter is what base and stack make of it: against the checksum kept from the load, or,
+        where adapters are fused, made again from the file (itself checked against that checksum) and compared."""
+        wrong = []
         with torch.inference_mode(False), torch.no_grad():
             _settle(self._transformer)
-            return tuple(
-                name
-                for name, _ in self._transformer.named_parameters()
-                if not _equal_bits(self._pristine(name), _stored(self._transformer, name))
-            )
+            try:
+                for name in self._targets:
+                    value, parts = _storage(*self._owners[name]), self._fused.get(name)
+                    if parts is None:
+                        right = checksum(value) == self._sealed[name]
+                    else:
+                        again = torch.empty_like(value)
+                        self._pristine.into(name, again)
+                        right = checksum(again) == self._sealed[name]
+                        _add(again, parts)
+                        right = right and equal_bits(again, value)
+                    if not right:
+                        wrong.append(name)
+            finally:
+                self._pristine.release()
+        return Verdict(tuple(wrong), len(self._targets), len(self._fused))
+
+    def differing(self) -> tuple[str, ...]:
+        """Names of plain parameters that are not bit-identical to the checkpoint's file; none when nothing is fused."""
+        with torch.inference_mode(False), torch.no_grad():
+            _settle(self._transformer)
+            try:
+                return tuple(
+                    name
+                    for name, target in self._targets.items()
+                    if target.fusable
+                    and not equal_bits(self._pristine(name), _storage(*self._owners[name]).cpu())
+                )
+            finally:
+                self._pristine.release()
 
 
-def _fused(pristine: torch.Tensor, parts: tuple[Part, ...], device: torch.device) -> torch.Tensor:
-    """W + sum of the parts, rounded once to W's dtype. The product runs in float32: in fp16 a CPU is 20 times slower,
-    and one rounding per adapter would leave 42 % of four adapters' elements off the correctly rounded sum."""
-    base = pristine.to(device=device, dtype=torch.float32)
-    down = torch.cat([m.A.flatten(1).to(device, torch.float32) for m, _ in parts])  # (R, in)
-    up = torch.cat([m.B.flatten(1).to(device, torch.float32) * (w * m.scale) for m, w in parts], dim=1)  # (out, R)
-    return torch.addmm(base.flatten(1), up, down).view_as(base).to(pristine.dtype)
+def _add(weight: torch.Tensor, parts: tuple[Part, ...]) -> None:
+    """Add the parts to the pristine weight, in place, with one rounding of the whole sum to its dtype: one per adapter
+    would leave 42 % of four adapters' elements off the correctly rounded sum."""
+    device, dtype = weight.device, weight.dtype
+    low_rank = [(module, w * module.strength) for module, w in parts if module.kind == "lora"]
+    rest = [(module, w) for module, w in parts if module.kind != "lora"]
+    # In half precision the product accumulates in float32 and rounds at the end, four times as fast as a product in
+    # float32 where the processor has bf16; a processor's fp16 product is 20 times slower, so that one goes through
+    # float32, and so does whatever is not low-rank.
+    compute = torch.float32 if rest or (dtype == torch.float16 and device.type == "cpu") else dtype
+    W = weight if compute == dtype and not rest and weight.is_contiguous() else weight.to(compute, copy=True)
+    if rest:
+        pristine = weight.float()
+        for module, w in rest:
+            W.add_(module.dense(pristine), alpha=w)
+    if low_rank:
+        up, down, alpha = _concatenated(low_rank, compute, device)
+        W.flatten(1).addmm_(up, down, alpha=alpha)
+    if W is not weight:
+        weight.copy_(W)
 
 
-def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(kind), b.cpu().contiguous().view(kind))
+def _concatenated(
+    parts: Sequence[tuple[Module, float]], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """up (out, R), down (R, in) and a common factor, such that factor · up·down is the sum of the parts."""
+    factors = []
+    for module, _ in parts:
+        pair = module.factors()
+        assert pair is not None
+        factors.append(pair)
+    if len(parts) == 1:  # the weight stays outside the product: nothing is rounded but the sum
+        up, down = factors[0]
+        return up.to(device, dtype), down.to(device, dtype), parts[0][1]
+    rank = sum(down.shape[0] for _, down in factors)
+    ups = torch.empty(factors[0][0].shape[0], rank, dtype=dtype, device=device)
+    downs = torch.empty(rank, factors[0][1].shape[1], dtype=dtype, device=device)
+    at = 0
+    for (up, down), (_, scale) in zip(factors, parts, strict=True):
+        rows = slice(at, at + down.shape[0])
+        downs[rows].copy_(down)
+        ups[:, rows].copy_(up.to(device) * scale)
+        at += down.shape[0]
+    return ups, downs, 1.0
 
 
-def _stored(model: torch.nn.Module, name: str) -> torch.Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return _storage(model.get_submodule(owner), leaf)
+def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """A float tensor that holds its own values: neither quantised (a subclass) nor cast for storage (another dtype)."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype == dtype and dtype in FLOATS
 
 
 def _storage(module: torch.nn.Module, name: str) -> torch.Tensor:
@@ -203,65 +492,3 @@ def _settle(model: torch.nn.Module) -> None:
         hook = registry.get_hook("group_offloading") if registry is not None else None
         if hook is not None:
             hook.group.offload_()
-
-
-class PristineFiles:
-    """Reads single parameters out of a checkpoint's safetensors, as a fresh load would give them.
-
-    By plain reads, not mmap: a file cut short under a mapping kills the process, here it is an error. The page cache
-    makes a second read a memory copy, so no pinned copy of the base is held.
-    """
-
-    def __init__(self, files: Iterable[Path], dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._where: dict[str, tuple[Path, torch.dtype, tuple[int, ...], int, int]] = {}
-        self._stamps: dict[Path, tuple[int, int]] = {}
-        for file in files:
-            self._stamps[file] = _stamp(file)
-            with open(file, "rb") as handle:
-                length = int.from_bytes(handle.read(8), "little")
-                try:
-                    header = json.loads(handle.read(length))
-                    for name, entry in header.items():
-                        if name != "__metadata__":
-                            start, end = entry["data_offsets"]
-                            shape = tuple(entry["shape"])
-                            self._where[name] = (file, _DTYPES[entry["dtype"]], shape, 8 + length + start, end - start)
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise NotAModel(
-                        f"{file} has a broken safetensors header ({error}); fetch the checkpoint again."
-                    ) from error
-
-    def __call__(self, name: str) -> torch.Tensor:
-        file, dtype, shape, offset, size = self._where[name]
-        if _stamp(file) != self._stamps[file]:
-            raise ModelError(
-                f"{file} changed on disk while its base was loaded, so the weights it came with cannot be restored. "
-                "Unload the base (or restart) to load the new file."
-            )
-        data = bytearray(size)
-        with open(file, "rb", buffering=0) as handle:
-            handle.seek(offset)
-            view, done = memoryview(data), 0
-            while done < size:
-                count = handle.readinto(view[done:])
-                if not count:
-                    raise ModelError(
-                        f"{file} ends at {offset + done} of {offset + size} bytes; fetch the checkpoint again."
-                    )
-                done += count
-        tensor = torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
-        return tensor.reshape(shape).to(self._dtype)
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    try:
-        status = os.stat(file)
-    except OSError as error:
-        raise ModelError(
-            f"{file} cannot be read any more ({error.strerror}); put it back, or load another base."
-        ) from error
-    return status.st_size, status.st_mtime_ns

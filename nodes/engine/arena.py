@@ -1,0 +1,237 @@
+"""Adapters held at run time: beside each layer lie all A's in one matrix, all B's in another, and a row of weights.
+
+    y = W x + B (s ∘ A x)        A (R, in), B (out, R), s (R,)
+
+One skinny pair of products, however many adapters there are. A new weight rewrites s alone; the base is never touched,
+so it may be quantised or cast. PEFT keeps a pair of modules per adapter and pays for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .lora_file import Adapter
+    from .lora_kinds import Module
+
+STEP = 16  # rows; tensor cores and vector units like multiples of it
+Linears = torch.nn.Linear | torch.nn.Conv2d
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Rows `offset` to `offset + rank` of every layer are one adapter's; layers it does not reach have zeros there."""
+
+    adapter: Adapter
+    modules: Mapping[str, Module]  # layer path -> what is held there
+    offset: int
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which rows are whose: a function of the set of adapters alone, so that the same set gives the same bits."""
+
+    slots: tuple[Slot, ...] = ()
+    rows: int = 0
+    paths: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(adapters: Sequence[tuple[Adapter, Mapping[str, Module]]]) -> Layout:
+        slots, offset = [], 0
+        for adapter, modules in adapters:
+            rank = max(module.factor_rank for module in modules.values())
+            slots.append(Slot(adapter, modules, offset, rank))
+            offset += rank
+        rows = -(-offset // STEP) * STEP
+        return Layout(tuple(slots), rows, frozenset(path for slot in slots for path in slot.modules))
+
+
+@dataclass(eq=False)
+class _Layer:
+    """One layer's share, called as its forward hook. Plain attributes and no buffers: offloading and casting move and
+    convert a module's buffers, and these stay where the layer computes, in the dtype it computes in."""
+
+    path: str
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+    s: torch.Tensor | None = None
+    memory: tuple[torch.Tensor, torch.Tensor] | None = None  # flat; A and B are cut from it
+    rows: int = 0
+    written: dict[int, tuple[int, Module]] = field(default_factory=dict)  # offset -> (rank of the slot, module)
+
+    def __call__(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        A, B, s = self.A, self.B, self.s
+        if A is None or B is None or s is None:
+            return out
+        x = args[0]
+        if isinstance(module, torch.nn.Conv2d):
+            size = (A.shape[0], *module.weight.shape[1:])
+            h = torch.nn.functional.conv2d(x, A.view(size), None, module.stride, module.padding, module.dilation)
+            h = h * s.to(h.dtype)[:, None, None]
+            return out + torch.nn.functional.conv2d(h, B[:, :, None, None])
+        h = x.reshape(-1, x.shape[-1]) @ A.t()  # (T, R)
+        h.mul_(s)  # s stays in float32: in bf16 a weight of 0.3 would be 0.3008
+        out.view(-1, out.shape[-1]).addmm_(h, B.t())
+        return out
+
+
+class Arenas:
+    """The run-time half of a transformer's stack. Not thread-safe; whoever calls `put` undoes it when it fails."""
+
+    def __init__(self, layers: Mapping[str, Linears], dtype: torch.dtype, device: torch.device) -> None:
+        self._modules = layers
+        self._dtype, self._device = dtype, device
+        self._layers = {path: _Layer(path) for path in layers}
+        # All hooks at once: compiled code does not notice one that is added later.
+        for path, layer in self._layers.items():
+            layers[path].register_forward_hook(layer)
+        self._fixed = 0  # rows that every layer always has, so that compiled code stays valid; 0: as many as needed
+        self.layout = Layout()
+        self._written = False  # since the tables below were arranged
+        self._order: tuple[str, ...] = ()  # their rows
+        self._scales = self._table = self._slot_of_row = torch.empty(0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for layer in self._layers.values() if layer.memory for t in layer.memory)
+
+    def reserve(self, rows: int, paths: Iterable[str]) -> None:
+        """Give these layers `rows` rows for good, zeros until used: shapes then never change, and nothing recompiles
+        within them. It costs their share of every step, used or not."""
+        self._fixed = max(self._fixed, -(-rows // STEP) * STEP)
+        for path in paths:
+            self._cut(self._layers[path], self._fixed)
+        self._arrange(self.layout)
+
+    def paths_to_write(self, layout: Layout) -> tuple[str, ...]:
+        """Layers whose matrices differ between what is held and `layout`."""
+        if layout is self.layout:
+            return ()
+        rows = self._rows(layout)
+        wanted = _contents(layout)
+        reached = {*wanted, *(path for path, layer in self._layers.items() if layer.rows)}
+        return tuple(
+            path
+            for path in sorted(reached)
+            if (layer := self._layers[path]).rows != (rows if path in wanted or self._fixed else 0)
+            or layer.written.keys() != wanted.get(path, {}).keys()
+            or any(layer.written[at][1] is not module for at, (_, module) in wanted.get(path, {}).items())
+        )
+
+    def write(self, path: str, layout: Layout) -> None:
+        """Make one layer's matrices what `layout` says. The weights are set by `finish`."""
+        self._written = True
+        layer, wanted = self._layers[path], _contents(layout, path).get(path, {})
+        rows = self._rows(layout) if wanted or self._fixed else 0
+        same_rows = layer.rows == rows
+        if not rows:
+            layer.A = layer.B = layer.s = None
+            layer.rows, layer.written = 0, {}
+            return
+        self._cut(layer, rows)
+        A, B = layer.A, layer.B
+        assert A is not None and B is not None
+        kept = {
+            at: (rank, module)
+            for at, (rank, module) in layer.written.items()
+            if same_rows and at in wanted and wanted[at][1] is module and wanted[at][0] == rank
+        }
+        layer.written = {}  # until it is whole again, nothing in it counts
+        free = [True] * rows
+        for at, (rank, module) in wanted.items():
+            free[at : at + rank] = [False] * rank
+            if at in kept:
+                continue
+            factors = module.factors()
+            assert factors is not None
+            up, down = factors
+            width = down.shape[0]
+            A[at : at + width].copy_(down)
+            B[:, at : at + width].copy_(up)
+            if width < rank:
+                A[at + width : at + rank].zero_()
+                B[:, at + width : at + rank].zero_()
+        for start, end in _runs(free):
+            A[start:end].zero_()
+            B[:, start:end].zero_()
+        layer.written = dict(wanted)
+
+    def finish(self, layout: Layout, strength: Callable[[int, str], float]) -> None:
+        """Set the weights: `strength(number of the slot, layer path)`."""
+        if self._written or layout is not self.layout:
+            self._arrange(layout)
+        if self._order:
+            weights = [[strength(n, path) for n in range(len(layout.slots))] + [0.0] for path in self._order]
+            spread = torch.tensor(weights, dtype=torch.float32, device=self._device)
+            torch.mul(self._scales, spread.index_select(1, self._slot_of_row), out=self._table)
+
+    def set_weights(self, weights: Sequence[float]) -> None:
+        """One number per slot, the same in every layer: what a slider does, and all it costs."""
+        if self._order:
+            spread = torch.tensor([*weights, 0.0], dtype=torch.float32).to(self._device)
+            torch.mul(self._scales, spread.index_select(0, self._slot_of_row), out=self._table)
+
+    def _rows(self, layout: Layout) -> int:
+        return max(layout.rows, self._fixed)
+
+    def _cut(self, layer: _Layer, rows: int) -> None:
+        """A and B with `rows` rows, all zeros, in new memory only when the old is too small."""
+        if layer.rows == rows:
+            return
+        shape = self._modules[layer.path].weight.shape
+        out, into = shape[0], shape[1:].numel()
+        if layer.memory is None or layer.memory[0].numel() < rows * into:
+            kind = dict(dtype=self._dtype, device=self._device)
+            layer.memory = torch.zeros(rows * into, **kind), torch.zeros(out * rows, **kind)  # type: ignore[arg-type]
+        else:
+            for memory in layer.memory:
+                memory.zero_()
+        A, B = layer.memory
+        layer.A, layer.B = A[: rows * into].view(rows, into), B[: out * rows].view(out, rows)
+        layer.rows, layer.written = rows, {}
+
+    def _arrange(self, layout: Layout) -> None:
+        """The tables of scales and weights, (layers, rows), and each layer's row of them."""
+        before, self.layout, self._written = self._order, layout, False
+        self._order = tuple(sorted(path for path, layer in self._layers.items() if layer.rows))
+        rows = self._rows(layout)
+        number = {path: n for n, path in enumerate(self._order)}
+        scales = torch.zeros(len(self._order), rows)
+        slot_of_row = torch.full((rows,), len(layout.slots))
+        for n, slot in enumerate(layout.slots):
+            slot_of_row[slot.offset : slot.offset + slot.rank] = n
+            strengths = torch.zeros(len(self._order))
+            for path, module in slot.modules.items():
+                strengths[number[path]] = module.strength
+            scales[:, slot.offset : slot.offset + slot.rank] = strengths[:, None]
+        self._scales, self._slot_of_row = scales.to(self._device), slot_of_row.to(self._device)
+        if self._table.shape != scales.shape or self._order != before:
+            self._table = torch.zeros_like(self._scales)
+        for path, row in zip(self._order, self._table, strict=True):
+            self._layers[path].s = row
+
+
+def _contents(layout: Layout, only: str | None = None) -> dict[str, dict[int, tuple[int, Module]]]:
+    """layer path -> {offset: (rank of the slot, module)}"""
+    contents: dict[str, dict[int, tuple[int, Module]]] = {}
+    for slot in layout.slots:
+        for path in slot.modules if only is None else (only,) if only in slot.modules else ():
+            contents.setdefault(path, {})[slot.offset] = slot.rank, slot.modules[path]
+    return contents
+
+
+def _runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
+    """Where `flags` is true, as (start, end) without gaps."""
+    found, start = [], None
+    for n, flag in enumerate([*flags, False]):
+        if flag and start is None:
+            start = n
+        elif not flag and start is not None:
+            found.append((start, n))
+            start = None
+    return found
