@@ -27,7 +27,10 @@ examples:
   python app.py render "a large cyan circle moving right on a navy background" --lora neon:0.8 --lora bounce -o clip.mp4
   python app.py render "the same again" --like clip.mp4 --seed 7
   python app.py models                          what is here, what could be downloaded
-  python app.py loras inspect neon              layout, rank, scale and why
+  python app.py loras                           the adapters, what they fit, their scale and why
+  python app.py loras inspect neon              all there is to know of one
+  python app.py loras scale mine 1/256          settle a scale that the file does not say
+  python app.py loras convert mp_rank_00_model_states.pt   a SAT checkpoint's adapter as safetensors
   python app.py train my_clips --name mine      an adapter from a folder of clips and stills
   python app.py doctor                          what works on this machine, and what to do about the rest
 
@@ -101,8 +104,20 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("prompt", help="what to show")
     render.add_argument("-o", "--output", type=Path, metavar="FILE",
                         help=".mp4, .webm, .gif, or .mkv (lossless); default: output/<prompt>-001.mp4")  # fmt: skip
-    render.add_argument("--lora", action="append", default=[], metavar="NAME[:WEIGHT]",
-                        help="an adapter and its weight (1 if not said, may be negative); again for more")  # fmt: skip
+    render.add_argument("--lora", action="append", default=[], metavar="NAME[:WEIGHT][OPTIONS]",
+                        help="an adapter and its weight (1 if not said, may be negative); again for more. Options: "
+                        "[blocks=0-9:0.5,10-29:1], [blocks=attn:1], [steps=0@0 1@0.3], [steps=held 1@0.4], "
+                        "[partial]")  # fmt: skip
+    render.add_argument(
+        "--hold",
+        choices=("auto", "fused", "stacked"),
+        help="how adapters are held: fused into the weights, stacked beside them, or auto",
+    )
+    render.add_argument(
+        "--verify",
+        action="store_true",
+        help="prove afterwards that every weight is what base and adapters make of it, to the bit",
+    )
     render.add_argument("--negative", metavar="TEXT", help="what not to show")
     render.add_argument("--seed", type=int, help="default 0; one seed is one video")
     render.add_argument("--steps", type=int, help="denoising steps; default: the base's")
@@ -123,10 +138,32 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--download", metavar="ID", help="fetch a base from Hugging Face, such as zai-org/CogVideoX-2b")
     models.add_argument("--json", action="store_true", help="print data")
 
-    loras = command("loras", _loras, "list the adapters found, or inspect one")
-    loras.add_argument("action", nargs="?", choices=("list", "inspect"), default="list")
-    loras.add_argument("name", nargs="?", help="an adapter's name, as listed, or a file")
+    loras = command("loras", _loras, "list the adapters found, inspect one, settle its scale, convert a file")
     loras.add_argument("--json", action="store_true", help="print data")
+    actions = loras.add_subparsers(metavar="action")
+
+    def action(name: str, run: Callable[[LocalHost, argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=help, description=help, formatter_class=form, parents=[common])
+        sub.set_defaults(run=run)
+        # Suppressed: a default of its own would undo `loras --json list`.
+        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print data")
+        return sub
+
+    action("list", _loras, "list the adapters found (the default)")
+    inspect = action("inspect", _inspect, "what is in a file, which base it fits, its scale and why")
+    inspect.add_argument("name", nargs="?", help="an adapter's name, as listed, or a file")
+    scale = action("scale", _scale, "say an adapter's true scale, trigger words or notes once, in a sidecar beside it")
+    scale.add_argument("name", nargs="?", help="an adapter's name, as listed, or a file")
+    scale.add_argument("value", nargs="?",
+                       help="a number such as 0.5, a fraction such as 1/256, or auto: as the file says")  # fmt: skip
+    scale.add_argument("--trigger-words", metavar="WORDS", help='with commas between them; "" says that it has none')
+    scale.add_argument("--notes", metavar="TEXT", help='"" takes them out')
+    convert = action("convert", _convert, "write a SAT checkpoint, a .bin or any layout in the diffusers format")
+    convert.add_argument("source", nargs="?", help="a file; a pickle is opened as weights alone and in a process apart")
+    convert.add_argument("-o", "--output", type=Path, metavar="FILE",
+                         help="default: beside the source, with .safetensors")  # fmt: skip
+    convert.add_argument("--alpha", type=float, help="as it was trained; default: what the file says, for SAT 1")
+    convert.add_argument("--force", action="store_true", help="replace the file that is there")
 
     record = command("record", _record, "print the record inside a clip: every setting, hash and version")
     record.add_argument("clip", type=Path)
@@ -156,6 +193,19 @@ def _base_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, slower")
     group.add_argument("--vae-slicing", action="store_true", help="decode clips of a batch one by one")
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's block")
+    group.add_argument(
+        "--quantise",
+        choices=("none", "int8", "fp8"),
+        default="none",
+        help="half the memory: int8 by torchao, fp8 by casting; adapters are then held at run time",
+    )
+    group.add_argument(
+        "--rank-budget",
+        type=int,
+        default=128,
+        metavar="R",
+        help="with --compile and --quantise: ranks of a stack that never compile anew; default 128",
+    )
 
 
 def _demo(host: LocalHost, args: argparse.Namespace) -> int:
@@ -188,16 +238,17 @@ def _render(host: LocalHost, args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from nodes.engine import video
+    from nodes.engine.lora_stack import LoraStack
     from nodes.lora import stack_loras
     from nodes.model import choose_base
-    from nodes.render import Shot, render, save, shot_from
+    from nodes.render import Shot, entries_from, render, save, shot_from
     from nodes.render import read_record as read
 
     shot, loras, name = Shot(prompt=args.prompt), list(args.lora), args.base
     if args.like:
         record = read(args.like)
         shot = replace(shot_from(record), prompt=args.prompt)
-        loras = loras or [f"{lora['name']}:{lora['weight']}" for lora in record["loras"]]
+        loras = loras or entries_from(record)
         name = name or record["base"]["name"]
     fields = ("negative", "seed", "steps", "guidance", "dynamic_guidance", "scheduler", "frames", "strength")
     given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
@@ -210,13 +261,24 @@ def _render(host: LocalHost, args: argparse.Namespace) -> int:
     if args.output and args.output.suffix.lower() not in video.SUFFIXES:  # better said now than after the render
         raise UsageError(f"-o {args.output}: the name ends in one of {', '.join(video.SUFFIXES)}.")
     base = choose_base(host, **_base(args, name))
-    clip = render(host, base, stack_loras(host, loras, anywhere=True), replace(shot, **given))
+    stack = stack_loras(host, loras, LoraStack(hold=args.hold or "auto"), anywhere=True)
+    clip = render(host, base, stack, replace(shot, **given), args.verify)
     path = save(host, clip, path=args.output)
     _Bar.clear()
-    swap = clip.swap
-    held = " + ".join(f"{name} {weight:g}" for name, weight in swap.after) if swap else ""
-    print(f"base: {clip.record['base']['name']} ({clip.record['base']['dtype']} on {clip.record['base']['device']})")
-    print(f"adapters: {held or 'none'}" + (f", put on in {swap.seconds * 1000:.1f} ms" if swap and held else ""))
+    record, swap = clip.record, clip.swap
+    about = record["base"]
+    quantised = "" if about["quantise"] == "none" else f", {about['quantise']}"
+    print(_plain(f"base: {about['name']} ({about['dtype']}{quantised} on {about['device']})"))
+    for lora in record["loras"]:
+        how = "".join(f" [{key} {lora[key]}]" for key in ("blocks", "steps") if lora[key])
+        print(_plain(f"adapter: {lora['name']} {lora['weight']:g}{how}, used {lora['tensors']} tensors, scale "
+                     f"{lora['scale']}; {lora['hold']}, {lora['hold_reason']}"))  # fmt: skip
+    if record["loras"] and swap:
+        print(f"put on in {swap.seconds * 1000:.1f} ms")
+    for note in record["notes"]:
+        print(textwrap.fill(_plain(f"note: {note}"), _width(), subsequent_indent="  ", break_on_hyphens=False))
+    if record["verified"]:
+        print(record["verified"])
     print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {path}")
     return 0
 
@@ -249,37 +311,110 @@ def _models(host: LocalHost, args: argparse.Namespace) -> int:
 
 
 def _loras(host: LocalHost, args: argparse.Namespace) -> int:
-    from nodes.engine.lora_file import inspect
-    from nodes.lora import inspect_adapter, list_adapters
+    from nodes.lora import describe_adapters
 
-    if args.action == "inspect":
-        if not args.name:
-            raise UsageError("Which adapter? `python app.py loras` lists them.")
-        about = inspect_adapter(host, args.name, anywhere=True)
-        if args.json:
-            print(json.dumps(about, indent=2, ensure_ascii=False))
-            return 0
-        for key, value in about.items():
-            print(f"{key:<14} {_short(value)}")
-        return 0
-    rows, broken = [], []
-    for path in list_adapters(host):
-        try:
-            rows.append((path, inspect(path)))
-        except CogLoomError as error:
-            broken.append((path, str(error)))
+    rows = describe_adapters(host)
     if args.json:
-        data = [{"path": str(path), **about} for path, about in rows]
-        print(json.dumps(data + [{"path": str(p), "error": e} for p, e in broken], indent=2, ensure_ascii=False))
+        _print_json([{"path": str(row.path), **(row.about or {"error": row.error})} for row in rows])
         return 0
-    for path, about in rows:
-        words = ", ".join(about["trigger_words"]) or "-"
-        print(f"{path.stem:<24} rank {_short(about['rank']):<6} width {_short(about['width']):<6} triggers: {words}")
-        print(f"{'':<24} scale {about['scale_reason']}")
-    for _, error in broken:
-        print(textwrap.fill(error, _width(), subsequent_indent="  "))
-    print(f"\n{len(rows)} adapters; your own go into {host.lora_folders[0]}")
+    for about in (row.about for row in rows if row.about):
+        rank = "" if about["rank"] == [] else f" rank {_range(about['rank'])}"
+        fits = ", ".join(about["fits"]) or f"no base that is known (width {about['width']})"
+        print(_plain(f"{about['name']:<24} {about['kind'] + rank:<16} fits {fits}"))
+        print(_plain(f"{'':<24} scale {about['scale_reason']}"))
+        if about["trigger_words"]:
+            print(_plain(f"{'':<24} triggers: {', '.join(about['trigger_words'])}"))
+    broken = [row for row in rows if row.error]
+    for row in broken:
+        print(textwrap.fill(_plain(f"not read: {row.error}"), _width(), subsequent_indent="  "))
+    of_them = f", {len(broken)} more not read" if broken else ""
+    print(_plain(f"\n{len(rows) - len(broken)} adapters{of_them}; your own go into {host.lora_folders[0]}"))
     return 0
+
+
+def _inspect(host: LocalHost, args: argparse.Namespace) -> int:
+    from nodes.lora import inspect_adapter
+
+    about = inspect_adapter(host, _named(args.name), anywhere=True)
+    if args.json:
+        _print_json(about)
+        return 0
+    number, _, reason = about["scale_reason"].partition(": ")
+    rank = "" if about["rank"] == [] else f" rank {_range(about['rank'])},"
+    words = [f"used {about['tensors_used']}/{about['tensors_total']} tensors,{rank} scale {number} ({reason})"]
+    words += about["hints"]
+    if about["unused"]:
+        words.append(f"not used: {_short(', '.join(about['unused']))}")
+    for text in words:
+        print(textwrap.fill(_plain(text), _width(), subsequent_indent="  ", break_on_hyphens=False))
+    blocks = "" if about["blocks"] is None else f", {about['blocks']} blocks"
+    told = {
+        "name": about["name"],
+        "layout": f"{about['layout']}, {about['kind']}, {about['modules']} layers",
+        "fits": f"{', '.join(about['fits']) or 'no base that is known'} (width {about['width']}{blocks})",
+        "trigger words": ", ".join(about["trigger_words"]) or "-",
+        "notes": about["notes"] or "-",
+        "size": f"{about['size_bytes']:,} bytes",
+        "sha256": about["sha256"],
+    }
+    print()
+    for key, value in told.items():
+        print(_plain(f"{key:<14} {_short(value)}"))
+    for key, value in about["metadata"].items():
+        print(_plain(f"{'metadata':<14} {_short(key)} = {_short(value)}"))
+    return 0
+
+
+def _scale(host: LocalHost, args: argparse.Namespace) -> int:
+    from nodes.lora import settle_adapter
+
+    if args.value is None and args.trigger_words is None and args.notes is None:
+        raise UsageError("Nothing to say: give a scale (0.5, 1/256, auto), --trigger-words or --notes.")
+    words = None if args.trigger_words is None else args.trigger_words.split(",")
+    settled = settle_adapter(host, _named(args.name), args.value, words, args.notes, anywhere=True)
+    after = settled.about["scale_reason"]
+    if args.json:
+        _print_json({"path": str(settled.path), "before": settled.before, "after": after, "about": settled.about})
+        return 0
+    same = after == settled.before
+    print(_plain(f"{settled.path.name}: scale {after}" + (", as before" if same else "")))
+    if not same:
+        print(textwrap.fill(_plain(f"before: {settled.before}"), _width(), subsequent_indent="  "))
+    for what in ("trigger_words", "notes"):
+        if said := settled.about[what]:
+            print(_plain(f"{what.replace('_', ' ')}: {_short(', '.join(said) if isinstance(said, list) else said)}"))
+    return 0
+
+
+def _convert(host: LocalHost, args: argparse.Namespace) -> int:
+    from nodes.lora import convert_adapter
+
+    if not args.source:
+        raise UsageError("Which file? Name a SAT checkpoint, a .pt or .bin, or a safetensors adapter.")
+    report = convert_adapter(host, args.source, args.output, args.alpha, args.force)
+    _Bar.clear()
+    if args.json:
+        _print_json(report)
+        return 0
+    used, total, left = report["tensors_used"], report["tensors_total"], report["unused"]
+    print(_plain(f"{report['layout']}: used {used:,}/{total:,} tensors, rank {_range(report['rank'])}"))
+    if left:
+        print(_plain(f"not used: {_short(', '.join(left[:3]))}{' …' if len(left) > 3 else ''}"))
+    print(_plain(f"scale {report['scale_reason']}"))
+    sizes = (f"{report[key] / 1e6:,.{0 if report[key] > 1e7 else 3}f} MB" for key in ("source_bytes", "target_bytes"))
+    print(" -> ".join(sizes))
+    print(_plain(report["target"]))
+    return 0
+
+
+def _named(name: str | None) -> str:
+    if not name:
+        raise UsageError("Which adapter? `python app.py loras` lists them.")
+    return name
+
+
+def _range(value: int | float | list[int] | list[float]) -> str:
+    return f"{min(value):g} to {max(value):g}" if isinstance(value, list) else f"{value:g}"
 
 
 def _record(host: LocalHost, args: argparse.Namespace) -> int:
@@ -300,9 +435,10 @@ def _doctor(host: LocalHost, args: argparse.Namespace) -> int:
     else:
         for finding in findings:
             mark = {"ok": "ok  ", "warn": "note", "fail": "FAIL"}[finding.state]
-            print(textwrap.fill(f"{mark}  {finding.topic}: {finding.text}", _width(), subsequent_indent="      "))
+            text = _plain(f"{mark}  {finding.topic}: {finding.text}")
+            print(textwrap.fill(text, _width(), subsequent_indent="      "))
             if finding.remedy:
-                print(textwrap.fill(f"      {finding.remedy}", _width(), subsequent_indent="      "))
+                print(textwrap.fill(_plain(f"      {finding.remedy}"), _width(), subsequent_indent="      "))
     return 1 if any(f.state == "fail" for f in findings) else 0
 
 
@@ -322,7 +458,8 @@ def _train(host: LocalHost, args: argparse.Namespace) -> int:
 
 
 def _base(args: argparse.Namespace, name: str | None) -> dict[str, Any]:
-    options = {k: getattr(args, k) for k in ("dtype", "device", "placement", "vae_tiling", "vae_slicing", "compile")}
+    names = ("dtype", "device", "placement", "vae_tiling", "vae_slicing", "compile", "quantise", "rank_budget")
+    options = {name: getattr(args, name) for name in names}
     return options if name is None else options | {"name": name}
 
 
@@ -339,11 +476,28 @@ def _short(value: Any) -> str:
     return textwrap.shorten(str(value), 200, placeholder=" …")
 
 
+def _plain(text: str) -> str:
+    """Names and texts come from strangers' files: nothing that moves the cursor, or turns the direction of writing."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _print_json(value: Any) -> None:
+    """Readable beyond ASCII; what is not printable is escaped as JSON does it, which leaves DEL and C1 as they are."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+
+    def escaped(c: str) -> str:
+        raw = c.encode("utf-16-be", "surrogatepass").hex()
+        return "".join(f"\\u{raw[i : i + 4]}" for i in range(0, len(raw), 4))
+
+    print("".join(c if c.isprintable() or c == "\n" else escaped(c) for c in text))
+
+
 def _width() -> int:
     return max(60, shutil.get_terminal_size((100, 24)).columns)
 
 
 def _say_error(message: str) -> None:
+    message = _plain(" ".join(message.split()))
     print(textwrap.fill(f"error: {message}", _width(), break_long_words=False, break_on_hyphens=False), file=sys.stderr)
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from .engine import VERSION
 from .engine.errors import CogLoomError
-from .engine.lora_file import inspect
 from .host import Host
-from .lora import list_adapters
+from .lora import describe_adapters
 from .model import list_bases
 
 # The oldest versions that the engine's calls exist in.
@@ -181,17 +180,13 @@ def _bases(host: Host) -> list[Finding]:
 
 
 def _adapters(host: Host) -> list[Finding]:
-    found, readable = [], 0
-    for path in list_adapters(host):
-        try:
-            about = inspect(path)
-            readable += 1
-            if not about["alpha_known"]:
-                text = f"{path.name}: scale {about['scale']}, alpha unknown"
-                found.append(
-                    Finding("adapter", "warn", text, f"If it does nothing or too much, write {path.name}.json.")
-                )
-        except CogLoomError as error:
+    found, rows = [], describe_adapters(host)
+    for path, about, error in rows:
+        if about is None:
             found.append(Finding("adapter", "warn", str(error)))
+        elif not about["alpha_known"]:
+            text = f"{path.name}: scale {about['scale']}, alpha unknown"
+            found.append(Finding("adapter", "warn", text, " ".join(about["hints"])))
     where = ", ".join(str(Path(f)) for f in host.lora_folders)
+    readable = sum(1 for row in rows if row.about)
     return [Finding("adapters", "ok", f"{readable} readable; searched demo/loras, {where}"), *found]

@@ -20,6 +20,8 @@ def choose_base(
     vae_tiling: bool = False,
     vae_slicing: bool = False,
     compile: bool = False,
+    quantise: str = "none",
+    rank_budget: int = 128,
 ) -> Base:
     """Name a base and how to hold it. Checks that it is there and a CogVideoX; loads nothing.
 
@@ -28,7 +30,8 @@ def choose_base(
     """
     checkpoint = find_checkpoint(name, host.model_folders)
     return Base(
-        checkpoint.name, str(checkpoint.folder), dtype, device, placement, vae_slicing, vae_tiling, compile
+        checkpoint.name, str(checkpoint.folder), dtype, device, placement, vae_slicing, vae_tiling, compile, quantise,
+        rank_budget,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from .engine import VERSION, preview, video
 from .engine.checkpoints import Checkpoint, fingerprint
 from .engine.denoise import Settings, decode, denoise, task_of
 from .engine.errors import UsageError
-from .engine.lora_stack import LoraStack
+from .engine.lora_stack import Asked, LoraStack
 from .engine.pipeline import Base, Swap, bases
 from .host import Host, contained
 from .lora import read_stack
@@ -91,8 +91,8 @@ def tokens_of(checkpoint: Checkpoint, settings: Settings) -> int:
 
 
 def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = False) -> Clip:
-    """Load the base if it is not resident, make it hold the stack, denoise, decode. With `verify`, prove afterwards that
-    the transformer is what base and stack make of it; the record says so.
+    """Load the base if it is not resident, make it hold the stack, denoise, decode. With `verify`, prove afterwards
+    that the transformer is what base and stack make of it; the record says so.
 
     Raises:
         GeometryError, ModelError, AdapterError, StackError, Cancelled. Nothing is left half done: the base keeps the
@@ -108,9 +108,7 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = 
         host.progress(0, settings.steps, text)
 
     tokens = tokens_of(checkpoint, settings)
-    with bases.session(
-        base, adapters, host.cache_folder, note, host.check_cancelled, stack.hold, tokens
-    ) as session:
+    with bases.session(base, adapters, host.cache_folder, note, host.check_cancelled, stack.hold, tokens) as session:
         started = time.perf_counter()
         vae_folder = checkpoint.part("vae")
         vae_hash = fingerprint(vae_folder)
@@ -142,6 +140,7 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = 
                 "dtype": resident.placement.dtype,
                 "device": resident.placement.device,
                 "placement": resident.placement.kind,
+                "quantise": base.quantise,
             },
             "loras": [
                 {
@@ -155,8 +154,9 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = 
                     "tensors": f"{adapter.tensors_used}/{adapter.tensors_total}",
                     "hold": holds[adapter.name].hold,
                     "hold_reason": holds[adapter.name].reason,
+                    "effect": float(f"{one.overall:.3g}"),
                 }
-                for adapter, entry in session.stack
+                for (adapter, entry), one in zip(session.stack, session.effect.each, strict=True)
             ],
             # Read back from the switch before each step that changed something, not what was asked for.
             "weights": [[step, [list(pair) for pair in names]] for step, names in session.weights],
@@ -203,6 +203,21 @@ def read_record(path: Path) -> dict[str, Any]:
 def shot_from(record: dict[str, Any]) -> Shot:
     """The shot of a record; a picture or video that it started from is not in it and has to be given again."""
     return replace(Shot(prompt=""), **record["settings"])
+
+
+def entries_from(record: dict[str, Any]) -> list[str]:
+    """The record's stack as `stack_loras` reads it."""
+    return [
+        str(
+            Asked(
+                lora["name"],
+                lora["weight"],
+                *(lora.get(key, "") for key in ("blocks", "steps")),
+                lora.get("partial", False),
+            )
+        )
+        for lora in record["loras"]
+    ]
 
 
 def _free_name(folder: Path, clip: Clip) -> Path:

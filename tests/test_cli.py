@@ -55,7 +55,7 @@ def test_models_and_loras_are_listed(capsys: pytest.CaptureFixture[str]):
     assert rows["neon"]["scale"] == 1.0
     assert "alpha 8" in rows["neon"]["scale_reason"]
     assert run("loras", "inspect", "neon") == 0
-    assert "scale_reason" in capsys.readouterr().out
+    assert "rank 8, scale 1 (alpha 8 / rank 8 in lora_adapter_metadata)" in capsys.readouterr().out
 
 
 def test_render_writes_a_clip_and_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -135,7 +135,8 @@ class Arenas:
             return
         self._cut(layer, rows)
         A, B = layer.A, layer.B
-        assert A is not None and B is not None
+        assert A is not None
+        assert B is not None
         kept = {
             at: (rank, module)
             for at, (rank, module) in layer.written.items()

@@ -41,8 +41,12 @@ def choose_hold(
     if scheduled:
         return Choice("stacked", "its weight changes along the steps")
     eps = torch.finfo(dtype).eps
-    if ratio is not None and ratio < eps:
-        return Choice("stacked", f"at {ratio:.1e} of the weights {_NAMES[dtype]} (steps of {eps:.1e}) would round it off")
+    if (
+        ratio is not None and 0 < ratio < eps
+    ):  # then what is fused is mostly rounding: at 0.01 87 % of bf16 stay as they are
+        return Choice(
+            "stacked", f"at {ratio:.1e} of the weights {_NAMES[dtype]} (steps of {eps:.1e}) would round it off"
+        )
     if 0 < tokens <= width / 2:
         return Choice("stacked", f"{tokens} tokens are too few to pay for a fuse")
     return Choice("fused", "it costs nothing per step")

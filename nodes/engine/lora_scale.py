@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import AdapterUnreadable
+from .lora_names import DIFFUSERS, PEFT, SAT
 from .safetensors_file import quoted, strict_json
 
 ALPHA_CAP = 65536.0
+ALPHA_KEYS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # PEFT's types that are read, and their alpha
+SAT_RANK = 128  # the smallest of its trainings that were published
 _SIDECAR_CAP = 1 << 20  # bytes
 
 
@@ -28,13 +31,16 @@ class Scales(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What the witnesses may look at."""
+    """What the witnesses may look at: the modules that an alpha applies to, so no differences in full."""
 
     path: Path
     metadata: Mapping[str, str]
     sidecar: Mapping[str, Any]
     alphas: Mapping[str, float]  # module path -> its .alpha tensor, where it has one
-    ranks: Mapping[str, int]  # module path -> rank, of every module
+    ranks: Mapping[str, int]  # module path -> rank; 0 for a LoKr that has none, to which LyCORIS applies no alpha
+    kinds: Mapping[str, str]  # module path -> lora, loha or lokr
+    doras: frozenset[str]  # paths of the modules that have magnitudes
+    layout: str
 
     def refuse(self, sentence: str) -> AdapterUnreadable:
         return AdapterUnreadable(
@@ -47,13 +53,21 @@ class Case:
             raise self.refuse(f"{what} is {quoted(value)}, not a number above 0 and up to {ALPHA_CAP:g}")
         return float(value)  # type: ignore[arg-type]
 
-    def by_alpha(self, alphas: Mapping[str, float], where: str, root: bool = False) -> Scales:
-        of = {path: alphas[path] / (math.sqrt(rank) if root else rank) for path, rank in self.ranks.items()}
+    def even(self, scale: float) -> dict[str, float]:
+        return {path: scale if rank else 1.0 for path, rank in self.ranks.items()}
+
+    def by_alpha(
+        self, alphas: Mapping[str, float], where: str, root: bool = False, ranks: Mapping[str, float] | None = None
+    ) -> Scales:
+        pairs = {path: (alphas[path], rank) for path, rank in (ranks or self.ranks).items() if rank}
+        if not pairs:
+            return Scales(self.even(1.0), "1: the two sides of each LoKr are in full, to which no alpha applies")
+        of = {path: alpha / (math.sqrt(rank) if root else rank) for path, (alpha, rank) in pairs.items()}
         low, high, sign = min(of.values()), max(of.values()), "√" if root else ""
-        pairs = {(alphas[path], rank) for path, rank in self.ranks.items()}
-        alpha, rank = min(pairs)
-        how = f"alpha {alpha:g} / {sign or 'rank '}{rank}" if len(pairs) == 1 else f"alpha / {sign}rank of each layer"
-        return Scales(of, f"{low:g}{f' to {high:g}' if high != low else ''}: {how} in {where}")
+        alpha, rank = min(pairs.values())
+        one = len(set(pairs.values())) == 1
+        how = f"alpha {alpha:g} / {sign or 'rank '}{rank:g}" if one else f"alpha / {sign}rank of each layer"
+        return Scales(self.even(1.0) | of, f"{low:g}{f' to {high:g}' if high != low else ''}: {how} in {where}")
 
 
 def _by_sidecar(case: Case) -> Scales | None:
@@ -103,7 +117,14 @@ def _by_kohya(case: Case) -> Scales | None:
     if dim is None:
         return case.by_alpha(dict.fromkeys(case.ranks, alpha), "ss_network_alpha")
     scale = alpha / case.number(dim, "ss_network_dim")
-    return Scales(dict.fromkeys(case.ranks, scale), f"{scale:g}: ss_network_alpha {alpha:g} / ss_network_dim {dim:g}")
+    return Scales(case.even(scale), f"{scale:g}: ss_network_alpha {alpha:g} / ss_network_dim {dim:g}")
+
+
+def _by_sat(case: Case) -> Scales | None:
+    """SAT's LoRA divides by the rank, and its lora_alpha is 1: CogVideo's configs set the rank alone."""
+    if case.layout != SAT:
+        return None
+    return case.by_alpha(dict.fromkeys(case.ranks, 1.0), "SAT's names, whose trainer has alpha 1 unless told otherwise")
 
 
 def _by_default(case: Case) -> Scales:
@@ -112,30 +133,43 @@ def _by_default(case: Case) -> Scales:
 
 
 def _by_config(case: Case, config: Any, where: str) -> Scales | None:
-    """PEFT's LoraConfig. Read here and not by PEFT, which hangs on a crafted pattern and takes alpha 4e9 and NaN."""
+    """PEFT's LoraConfig, LoHaConfig or LoKrConfig. Read here and not by PEFT, which hangs on a crafted pattern and
+    takes alpha 4e9 and NaN. What it says of the kind must be what the tensors are: a DoRA without its magnitudes would
+    be another adapter, and there are loaders that drop them."""
     if config is None:
         return None
     if not isinstance(config, dict):
         raise case.refuse(f"{where} is not a JSON object")
-    file, kind, start = case.path.name, config.get("peft_type", "LORA"), str(config.get("init_lora_weights")).lower()
-    if config.get("use_dora") or str(kind).upper() != "LORA":
-        what = "DoRA" if config.get("use_dora") else quoted(kind)
+    file, start = case.path.name, str(config.get("init_lora_weights")).lower()
+    declared = str(config.get("peft_type", "LORA")).upper()
+    if declared not in ALPHA_KEYS:
         raise AdapterUnreadable(
-            f"{file}: {where} says {what}, which is not read yet; train or export it as plain LoRA."
+            f"{file}: {where} says {quoted(declared)}, which is not read; train or export it as plain LoRA."
         )
+    for path, kind in case.kinds.items():
+        if kind != declared.lower():
+            raise AdapterUnreadable(f"{file}: {where} says {declared}, but {path} is a {kind} in it; get it again.")
+        if config.get("use_dora") and path not in case.doras:
+            raise AdapterUnreadable(
+                f"{file}: {where} says DoRA, but {path} has no lora_magnitude_vector in it, which some loaders drop. "
+                "Get the file that its trainer wrote."
+            )
     if start.startswith(("pissa", "olora", "corda", "loftq")):
         raise AdapterUnreadable(
             f"{file}: {where} says it was begun as {quoted(start)}, so it belongs to a base changed by that method. "
             "Convert it to plain LoRA with PEFT's path_initial_model_for_weight_conversion."
         )
-    if "lora_alpha" not in config and not config.get("alpha_pattern"):
+    key = ALPHA_KEYS[declared]
+    if key not in config and not config.get("alpha_pattern"):
         return None
-    alphas = _by_pattern(case, config, "lora_alpha", "alpha_pattern", where)
+    alphas = _by_pattern(case, config, key, "alpha_pattern", where)
+    ranks: Mapping[str, float] = case.ranks
     if "r" in config:
-        for path, rank in _by_pattern(case, config, "r", "rank_pattern", where).items():
-            if rank != case.ranks[path]:
+        ranks = _by_pattern(case, config, "r", "rank_pattern", where)
+        for path, rank in ranks.items():
+            if case.ranks[path] not in (0, rank):  # 0: both sides of a LoKr in full, which PEFT scales all the same
                 raise case.refuse(f"{where} says rank {rank:g} for {path}, but its matrices have {case.ranks[path]}")
-    return case.by_alpha(alphas, where, root=bool(config.get("use_rslora")))
+    return case.by_alpha(alphas, where, root=bool(config.get("use_rslora")), ranks=ranks)
 
 
 def _by_pattern(case: Case, config: Mapping[str, Any], common: str, special: str, where: str) -> dict[str, float]:
@@ -147,6 +181,8 @@ def _by_pattern(case: Case, config: Mapping[str, Any], common: str, special: str
     for key in patterns:
         if not re.fullmatch(r"\^?[A-Za-z0-9_.-]+", key):
             raise case.refuse(f"{special} in {where} has the pattern {quoted(key)}; only plain module names are read")
+    if not patterns:
+        return dict.fromkeys(case.ranks, case.number(config.get(common), f"{common} in {where}"))
     order = {key: index for index, key in enumerate(patterns)}
     values: dict[str, float] = {}
     for path in case.ranks:
@@ -208,10 +244,38 @@ WITNESSES: tuple[Callable[[Case], Scales | None], ...] = (
     _by_finetrainers,
     _by_peft_folder,
     _by_kohya,
+    _by_sat,
     _by_default,
 )
 
 
 def decide(case: Case) -> Scales:
     """Raises AdapterUnreadable when the first witness that speaks says what cannot be."""
+    if not case.ranks:
+        ignored = f"; the one said in {sidecar_path(case.path).name} is not used" if "scale" in case.sidecar else ""
+        return Scales({}, f"1: differences in full are applied as they are, with no alpha{ignored}")
     return next(said for witness in WITNESSES if (said := witness(case)) is not None)
+
+
+def hints(case: Case, scales: Scales, name: str) -> tuple[str, ...]:
+    """What an unknown alpha may have been, and how to settle it. Shown, never applied."""
+    if scales.known:
+        return ()
+    # A name made by a stranger has a place in a line to be pasted into a shell only when it is plain.
+    name = name if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) else "NAME"
+    command, rank = f"python app.py loras scale {name}", max(case.ranks.values())
+    if case.layout == PEFT and case.path.name.lower() == "adapter_model.safetensors":
+        return (
+            f"Names without a prefix in a file called adapter_model.safetensors are CogKit's way, and it trains at "
+            f"scale 0.5. If it comes from there: `{command} 0.5`",
+        )
+    if case.layout == DIFFUSERS and rank >= SAT_RANK:
+        return (
+            f"Rank {rank} under these names may be CogVideo's own finetuning, whose scale is 0.5: `{command} 0.5`",
+            f"Or an export of a SAT training, which DimensionX's are, at 1/rank: `{command} {1 / rank:.6g}`",
+            "If neither is so, 1 is right.",
+        )
+    return (
+        "Nothing in the file can tell the alpha. Divide lora_alpha by the rank in the settings that it was trained "
+        f"with, or compare renders, and say it once, 0.5 for example: `{command} 0.5`",
+    )

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from .checkpoints import DEMO, Checkpoint, fingerprint, open_checkpoint, part_bytes, part_files
-from .effect import effect
+from .effect import StackEffect, stack_effect
 from .errors import CogLoomError, NotAModel, NotEnoughMemory, PlacementError, UsageError
 from .hold import Choice, choose_hold
 from .lora_file import Adapter, fit
 from .lora_stack import Blocks, Entry, LoraStack, Strength
 from .pristine import PristineFiles
 from .prompts import PromptCache
-from .switch import Swap, Switch, Verdict
+from .switch import Swap, Switch
 
 log = logging.getLogger("cogloom")
 
@@ -68,8 +68,8 @@ class Base:
             raise UsageError(f"the rank budget is {self.rank_budget}; it lies above 0 and up to 4096.")
         if self.quantise != "none" and self.placement in ("group", "sequential"):
             raise PlacementError(
-                f"{self.quantise} weights are not moved in parts: placement {self.placement} is for float bases. Choose "
-                "placement auto, resident or model, or quantise none."
+                f"{self.quantise} weights are not moved in parts: placement {self.placement} is for float bases. "
+                "Choose placement auto, resident or model, or quantise none."
             )
 
     def checkpoint(self) -> Checkpoint:
@@ -218,14 +218,10 @@ class Resident:
             known[partial] = fit(adapter, self.shapes, self.checkpoint.name, family.width, family.blocks, partial)
         return known[partial]
 
-    def choose_hold(self, adapter: Adapter, strength: float | Strength, prefer: str, tokens: int, scheduled: bool) -> Choice:
-        fusable, ratio = self.switch.fusable(), None
-        if prefer == "auto" and fusable and not scheduled and self.dtype != torch.float32:
-            ratio = effect(adapter, strength, self.switch.norms, self.switch.pristine).overall
-        return choose_hold(
-            prefer, fusable=fusable, dtype=self.dtype, width=self.checkpoint.family.width, tokens=tokens,
-            scheduled=scheduled, ratio=ratio,
-        )  # fmt: skip
+    def effect(self, wanted: Sequence[tuple[Adapter, Entry]]) -> StackEffect:
+        """How strong a stack is on this base, each adapter at the height of its schedule; see `effect`."""
+        strengths = [(adapter, _plain(entry.strength(entry.height))) for adapter, entry in wanted]
+        return stack_effect(strengths, self.switch.norms, self.switch.pristine)
 
     def _place(self) -> None:
         kind, model = self.placement.kind, self.transformer
@@ -274,6 +270,7 @@ class Session:
     encode: Callable[[Sequence[str]], torch.Tensor]  # prompts -> (B, text_length, D) in the base's dtype, on its device
     stack: tuple[tuple[Adapter, Entry], ...]
     holds: tuple[tuple[str, Choice], ...]  # adapter's name, how it is held and why
+    effect: StackEffect  # ‖ΔW‖/‖W‖, of each and of the sum
     _stack: Callable[[float], Swap]  # make the transformer hold the stack as it is at a position, 0 the first step
     _changes: Callable[[int], Sequence[int]]  # of so many steps, those before which a weight changes
     weights: list[tuple[int, tuple[tuple[str, float], ...]]] = field(default_factory=list)  # read back: from step on
@@ -328,10 +325,17 @@ class Bases:
                         f"not used are {', '.join(fitted.unused)}"
                     )
                 wanted.append((fitted, entry))
+            effect = resident.effect(wanted)
+            for warning in dict.fromkeys((*(one.warning for one in effect.each), effect.warning)):
+                if warning is not None:
+                    note(warning)
             chosen = {
-                id(adapter): resident.choose_hold(adapter, entry.strength(0.0), hold, tokens, bool(entry.steps))
-                for adapter, entry in wanted
-            }
+                id(adapter): choose_hold(
+                    hold, fusable=resident.switch.fusable(), dtype=resident.dtype, width=family.width, tokens=tokens,
+                    scheduled=bool(entry.steps), ratio=one.overall,
+                )
+                for (adapter, entry), one in zip(wanted, effect.each, strict=True)
+            }  # fmt: skip
 
             def stacked_at(position: float) -> Swap:
                 now = [(adapter, _plain(entry.strength(position))) for adapter, entry in wanted]
@@ -346,6 +350,7 @@ class Bases:
                     lambda texts: self._encode(resident, texts, cache, note),
                     tuple(wanted),
                     tuple((adapter.name, chosen[id(adapter)]) for adapter, _ in wanted),
+                    effect,
                     stacked_at,
                     functools.cache(changes),
                 )

@@ -59,8 +59,8 @@ class PristineFiles:
         for file, stamp in self._stamps.items():
             if _stamp(file) != stamp:
                 raise ModelError(
-                    f"{file} changed on disk while its base was loaded, so the weights it came with cannot be restored. "
-                    "Unload the base (or restart) to load the new file."
+                    f"{file} changed on disk while its base was loaded, so the weights it came with cannot be "
+                    "restored. Unload the base (or restart) to load the new file."
                 )
 
     def __call__(self, name: str) -> torch.Tensor:

@@ -2,21 +2,25 @@
 
 The library's own reader accepts more than an adapter may be: keys given twice (the last wins), shapes of 2^62, NUL and
 HTML in names, 100,000 empty tensors; and it maps the file, so that a file cut short later kills the process. Here the
-header is checked before anything is allocated, and the data is read once into private memory and hashed on the way.
+header is checked before anything is allocated, and the data is read once, whole, into private memory; the tensors are
+views of it, and whoever asks for a hash gets that of these very bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import stat
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,9 @@ TENSOR_CAP = 20_000
 PADDING_CAP = 64 << 10  # bytes of blanks in a row
 _JSON_CAP = 200_000  # members of all objects together
 _AXES_CAP = 8
+_CHUNK = 1 << 20  # bytes
+_WINDOW, _WINDOWS = 4 << 10, 64  # bytes, and how many of them a fingerprint looks through
+_HUGE = 4 << 20  # bytes; what is smaller is not worth pages of 2 MiB
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
@@ -67,6 +74,37 @@ class Spec:
 
 
 @dataclass(frozen=True, eq=False)
+class Content:
+    """What a file held when it was read, in memory of its own. Nobody writes to it."""
+
+    tensors: Mapping[str, torch.Tensor]  # views of the body; copies where it is not aligned to their dtype
+    nbytes: int  # that are held in memory
+    _head: bytes
+    _body: torch.Tensor  # uint8
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the whole file. 29 ms for 56 MiB, six times the read: who swaps adapters does not wait for it."""
+        digest = hashlib.sha256(self._head)
+        digest.update(self._body.numpy().data)
+        return digest.hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 over the header and evenly spaced windows of the data: tells files apart that training made. Two
+        files that agree in it may still differ; only `sha256` proves that they do not."""
+        digest, last = hashlib.sha256(self._head), len(self._body) - _WINDOW
+        if len(self._body) <= _WINDOW * _WINDOWS:
+            digest.update(self._body.numpy().data)
+        else:
+            body = self._body.numpy().data
+            for i in range(_WINDOWS):
+                start = i * last // (_WINDOWS - 1)
+                digest.update(body[start : start + _WINDOW])
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
 class Source:
     """An open file whose header was checked. `tensors` is in the order of the data."""
 
@@ -76,41 +114,85 @@ class Source:
     metadata: Mapping[str, str]
     _head: bytes
     _file: BufferedReader
+    _modified: int  # ns
 
-    def read(self, keep: Collection[str]) -> tuple[dict[str, torch.Tensor], str]:
-        """The tensors named, each in memory of its own, and the whole file's sha256: the bytes hashed are those kept.
+    def read(self, keep: Iterable[str]) -> Content:
+        """The whole file in one piece, and of its tensors those named, which have a dtype of FLOATS or WHOLE.
 
         Raises:
             AdapterUnreadable: the file changed under the reader, or there is no memory for it.
         """
-        digest, kept, rest = hashlib.sha256(self._head), {}, memoryview(bytearray(1 << 20))
-        self._file.seek(len(self._head))
+        count = self.size - len(self._head)
         # ComfyUI calls from inference mode; tensors made there could not be used in training.
         with _readable(self.path), torch.inference_mode(False):
-            for name, spec in self.tensors.items():
-                count = spec.end - spec.begin
-                if name in keep:
-                    try:
-                        data = torch.empty(count, dtype=torch.uint8)
-                    except RuntimeError:
-                        raise _refusal(self.path, f"no memory for {name}, which takes {count:,} bytes") from None
-                    self._fill(data.numpy().data, digest)
-                    kept[name] = data.view(_TORCH[spec.dtype]).view(spec.shape)
-                else:
-                    for start in range(0, count, len(rest)):
-                        self._fill(rest[: min(len(rest), count - start)], digest)
+            try:
+                body = _private(count)
+            except (RuntimeError, OSError):
+                raise _refusal(self.path, f"no memory for its {count:,} bytes") from None
+            self._file.seek(len(self._head))
+            if self._file.readinto(body.numpy().data) != count:
+                raise self._changed("got shorter")
             if self._file.read(1):
-                raise _refusal(
-                    self.path, "it grew while it was read. Try again when the program that writes it is done"
-                )
-        return kept, digest.hexdigest()
+                raise self._changed("grew")
+            if os.fstat(self._file.fileno()).st_mtime_ns != self._modified:
+                raise self._changed("was written to")
+            tensors = {name: _view(body, self.tensors[name]) for name in keep}
+        copied = sum(t.nbytes for t in tensors.values() if t.untyped_storage().data_ptr() != body.data_ptr())
+        return Content(tensors, len(self._head) + count + copied, self._head, body)
 
-    def _fill(self, view: memoryview, digest: Any) -> None:
-        if self._file.readinto(view) != len(view):
-            raise _refusal(
-                self.path, "it got shorter while it was read. Try again when the program that writes it is done"
-            )
-        digest.update(view)
+    def numbers(self, names: Iterable[str]) -> dict[str, float]:
+        """The values of tensors of one element each, and nothing else of the data.
+
+        Raises:
+            AdapterUnreadable: the file changed under the reader.
+        """
+        values: dict[str, float] = {}
+        with _readable(self.path), torch.inference_mode(False):
+            for name in names:
+                spec = self.tensors[name]
+                self._file.seek(len(self._head) + spec.begin)
+                raw = self._file.read(spec.end - spec.begin)
+                if len(raw) != spec.end - spec.begin:
+                    raise self._changed("got shorter")
+                values[name] = float(torch.frombuffer(bytearray(raw), dtype=_TORCH[spec.dtype]).item())
+        return values
+
+    def _changed(self, how: str) -> AdapterUnreadable:
+        return _refusal(self.path, f"it {how} while it was read. Try again when the program that writes it is done")
+
+
+def _private(count: int) -> torch.Tensor:
+    """Memory of our own, (count,) uint8. In huge pages where Linux has them: most of the time of a read goes into the
+    page faults of fresh memory (56 MiB: 26 ms in pages of 4 KiB, 5 ms in pages of 2 MiB). No file is mapped."""
+    if count < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=torch.uint8)
+    area = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them; small pages do as well
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.uint8)
+
+
+def _view(body: torch.Tensor, spec: Spec) -> torch.Tensor:
+    dtype, part = _TORCH[spec.dtype], body[spec.begin : spec.end]
+    aligned = spec.begin % dtype.itemsize == 0  # the body itself is, to 16 bytes at least
+    return (part if aligned else part.clone()).view(dtype).view(spec.shape)
+
+
+def sha256_of(path: Path) -> str:
+    """Of the whole file, read bit by bit. For a file that is not going to be used.
+
+    Raises:
+        AdapterNotFound, AdapterUnreadable
+    """
+    with opened(path) as source, _readable(path):
+        digest, done, chunk = hashlib.sha256(source._head), len(source._head), memoryview(bytearray(_CHUNK))
+        source._file.seek(done)
+        while count := source._file.readinto(chunk):
+            digest.update(chunk[:count])
+            done += count
+        if done != source.size:
+            raise source._changed("got shorter" if done < source.size else "grew")
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -129,6 +211,7 @@ def opened(path: Path) -> Iterator[Source]:
             raise _refusal(path, "not a file. Name the .safetensors file itself")
         file = open(path, "rb")  # noqa: SIM115
     with file:
+        status = os.fstat(file.fileno())  # of the file that is open, should another have taken its name just now
         with _readable(path):
             start = file.read(16)
         for magic, what in _MAGICS:
@@ -156,7 +239,7 @@ def opened(path: Path) -> Iterator[Source]:
             tensors, metadata = _header(head[8:], body)
         except ValueError as error:
             raise _refusal(path, f"{error}. The file is damaged or was tampered with; download it again") from None
-        yield Source(path, status.st_size, tensors, metadata, head, file)
+        yield Source(path, status.st_size, tensors, metadata, head, file, status.st_mtime_ns)
 
 
 def _refusal(path: Path, sentence: str) -> AdapterUnreadable:

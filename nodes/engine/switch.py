@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,11 +44,11 @@ class Held:
     @property
     def weight(self) -> float:
         """Without what blocks make of it."""
-        return math.fsum(s if isinstance(s, float) else s.weight for s in self.strengths)
+        return math.fsum(s if isinstance(s, (int, float)) else s.weight for s in self.strengths)
 
     def of(self, path: str) -> float:
         # fsum rounds once, so that the order of three weights cannot show.
-        return math.fsum(s if isinstance(s, float) else s.of(path) for s in self.strengths)
+        return math.fsum(s if isinstance(s, (int, float)) else s.of(path) for s in self.strengths)
 
 
 @dataclass(frozen=True)
@@ -183,16 +183,27 @@ def _same(old: tuple[Part, ...] | None, new: tuple[Part, ...] | None) -> bool:
     return all(a is c and b == d for (a, b), (c, d) in zip(old, new, strict=True))
 
 
-class Norms(dict[str, float]):
-    """‖W‖ of the base's parameters, each measured from its file when it is first asked for."""
+class Norms(Mapping[str, float]):
+    """‖W‖ of each parameter of the base, measured from its file when it is first asked for."""
 
-    def __init__(self, pristine: Callable[[str], torch.Tensor]) -> None:
-        super().__init__()
+    def __init__(self, pristine: PristineFiles, names: Iterable[str]) -> None:
         self._pristine = pristine
+        self._known: dict[str, float | None] = dict.fromkeys(names)
 
-    def __missing__(self, name: str) -> float:
-        self[name] = value = norm(self._pristine(name))
+    def __getitem__(self, name: str) -> float:
+        value = self._known[name]
+        if value is None:
+            value = self._known[name] = norm(self._pristine(name))
         return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
 
 
 class Switch:
@@ -230,7 +241,7 @@ class Switch:
         self._sealed: dict[str, Checksum] = {}
         self._whole = False  # every slot holds all of its adapter
         self._direct: tuple[Adapter, ...] = ()  # the slots' adapters, when all of the stack is held at run time
-        self.norms = Norms(pristine)
+        self.norms = Norms(pristine, self._targets)
         self.held: tuple[Held, ...] = ()  # what the transformer holds now
         self.spoiled = False
 
@@ -238,9 +249,9 @@ class Switch:
     def names(self) -> tuple[tuple[str, float], ...]:
         return tuple((held.adapter.name, held.weight) for held in self.held)
 
-    @property
-    def pristine(self) -> Callable[[str], torch.Tensor]:
-        return self._pristine
+    def pristine(self, name: str) -> torch.Tensor:
+        """A parameter as a fresh load would give it, on the CPU, to keep."""
+        return self._pristine(name).clone()
 
     @property
     def arena_bytes(self) -> int:
@@ -349,9 +360,7 @@ class Switch:
         self._arenas.finish(layout, lambda n, path: slots[n].of(path))
         self._whole = all(len(slot.modules) == len(slot.adapter.modules) for slot in layout.slots)
 
-    def _roll_back(
-        self, fused: Iterable[str], rows: Iterable[str], layout: Layout, held: Sequence[Held]
-    ) -> None:
+    def _roll_back(self, fused: Iterable[str], rows: Iterable[str], layout: Layout, held: Sequence[Held]) -> None:
         try:
             for name in fused:
                 self._write(name, self._fused.get(name, ()))
@@ -414,8 +423,7 @@ class Switch:
                 return tuple(
                     name
                     for name, target in self._targets.items()
-                    if target.fusable
-                    and not equal_bits(self._pristine(name), _storage(*self._owners[name]).cpu())
+                    if target.fusable and not equal_bits(self._pristine(name), _storage(*self._owners[name]).cpu())
                 )
             finally:
                 self._pristine.release()
