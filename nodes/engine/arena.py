@@ -100,13 +100,16 @@ class Arenas:
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in self._layers.values() if layer.memory for t in layer.memory)
 
+    @property
+    def reserved(self) -> int:
+        return self._fixed
+
     def reserve(self, rows: int, paths: Iterable[str]) -> None:
         """Give these layers `rows` rows for good, zeros until used: shapes then never change, and nothing recompiles
-        within them. It costs their share of every step, used or not."""
+        within them. It costs their share of every step, used or not. What is held is written anew; `finish` follows."""
         self._fixed = max(self._fixed, -(-rows // STEP) * STEP)
-        for path in paths:
-            self._cut(self._layers[path], self._fixed)
-        self._arrange(self.layout)
+        for path in {*paths, *(path for path, layer in self._layers.items() if layer.rows)}:
+            self.write(path, self.layout)
 
     def paths_to_write(self, layout: Layout) -> tuple[str, ...]:
         """Layers whose matrices differ between what is held and `layout`."""
@@ -199,6 +202,9 @@ class Arenas:
     def _arrange(self, layout: Layout) -> None:
         """The tables of scales and weights, (layers, rows), and each layer's row of them."""
         before, self.layout, self._written = self._order, layout, False
+        for layer in self._layers.values():
+            if not layer.rows:  # not before all is written: a swap that is undone must not run out of memory
+                layer.memory = None
         self._order = tuple(sorted(path for path, layer in self._layers.items() if layer.rows))
         rows = self._rows(layout)
         number = {path: n for n, path in enumerate(self._order)}

@@ -27,7 +27,7 @@ from .errors import AdapterError, AdapterMismatch, AdapterNotFound, AdapterUnrea
 from .lora_kinds import DoRA, Full, LoHa, LoKr, LoRA, Module
 from .lora_names import KIND_OF_ROLE, SAT, Layout, layout_of, of_text_encoder, parse, refused
 from .lora_scale import ALPHA_CAP, Case, decide, hints, read_sidecar, sidecar_path
-from .safetensors_file import FLOATS, WHOLE, Content, Source, Spec, opened, sha256_of, strict_json
+from .safetensors_file import FLOATS, WHOLE, Content, Source, Spec, opened, sha256_of, short, strict_json
 from .safetensors_file import write as write_container
 
 FOLDER_NAMED = ("pytorch_lora_weights", "adapter_model")  # files that every trainer calls the same
@@ -121,7 +121,7 @@ def _keys(source: Source) -> _Keys:
         path = layout.path_of(rest)
         if path is None:
             raise AdapterUnreadable(
-                f"{file}: {key} is spelt as {layout.name} does, but CogVideoX has no layer {rest}. "
+                f"{file}: {key} is spelt as {layout.name} does, but CogVideoX has no layer {short(rest)}. "
                 "It was made for another model, or by a trainer that names layers in a way not known yet."
             )
         if parts.setdefault(path, {}).setdefault(name.role, key) != key:
@@ -131,7 +131,7 @@ def _keys(source: Source) -> _Keys:
             raise AdapterUnreadable(f"{file}: {key} is {why[0]}, which is not read; {why[1]}.")
     if layout is None:
         raise AdapterUnreadable(
-            f"{file}: no LoRA layout is recognised. Its keys look like {', '.join(ours[:3])}; "
+            f"{file}: no LoRA layout is recognised. Its keys look like {', '.join(map(short, ours[:3]))}; "
             f"expected are keys like {_EXPECTED}. It may be a whole model instead of an adapter."
         )
     if layout.name == SAT and leftover:
@@ -252,7 +252,7 @@ def _magnitudes_are_columns(kind: str, specs: Mapping[str, Spec], of: tuple[int,
     if kind in ("", "diff") or ("magnitude" in specs and "dora_scale" in specs) or "bias" in specs:
         raise ValueError("its magnitudes belong to no matrices, stand there twice, or go with a bias, as no DoRA does")
     shape = specs[role].shape
-    if math.prod(shape) == of[0] == max(shape) and (role == "magnitude" or shape[0] == of[0]):
+    if shape and math.prod(shape) == of[0] == max(shape) and (role == "magnitude" or shape[0] == of[0]):
         return False
     if role == "dora_scale" and shape == (1, *of[1:2], *[1] * (len(shape) - 2)):
         return True
@@ -707,5 +707,5 @@ def _suits(module: Module, wanted: tuple[int, ...] | None) -> bool:
 
 
 def _misfit(module: Module, wanted: tuple[int, ...] | None) -> str:
-    name = module.path if module.leaf == "weight" else module.name
+    name = short(module.path if module.leaf == "weight" else module.name)
     return f"{name} (no such layer)" if wanted is None else f"{name} (made for {module.shape}, here {tuple(wanted)})"

@@ -356,6 +356,11 @@ class Entry:
         return Strength(self.weight * Steps.parse(self.steps).at(position), Blocks.parse(self.blocks))
 
     @property
+    def height(self) -> float:
+        """The position at which its schedule is strongest, the first of several; it is always one of the points."""
+        return max(Steps.parse(self.steps).points, key=lambda point: abs(point[1]), default=(0.0, 1.0))[0]
+
+    @property
     def absent(self) -> bool:
         """It does nothing in any layer at any step."""
         nothing = Blocks.parse(self.blocks) == NOWHERE or Steps.parse(self.steps) == NEVER

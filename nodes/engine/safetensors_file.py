@@ -33,7 +33,7 @@ from .files import replacing
 HEADER_CAP = 8 << 20  # bytes; the largest real ones, with a thumbnail inside, stay below 2 MiB
 TENSOR_CAP = 20_000
 PADDING_CAP = 64 << 10  # bytes of blanks in a row
-_JSON_CAP = 200_000  # members of all objects together
+_JSON_CAP = 200_000  # members of all objects together, and lists
 _AXES_CAP = 8
 _CHUNK = 1 << 20  # bytes
 _WINDOW, _WINDOWS = 4 << 10, 64  # bytes, and how many of them a fingerprint looks through
@@ -46,7 +46,8 @@ _BYTES = {name: dtype.itemsize for name, dtype in _TORCH.items()} | {
     **{"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1},
     **{"U16": 2, "U32": 4, "U64": 8, "C64": 8},
 }
-_NAME = re.compile(r"[A-Za-z0-9_./-]{1,512}")
+_NAME = re.compile(r"[A-Za-z0-9_./-]{1,200}")  # twice the longest that a trainer writes
+_BLANKS = bytes.maketrans(b"\t\n\r", b"   ")  # what JSON skips, as one
 
 _PICKLE = (  # the command names no file: a name made by a stranger has no place in a line to be pasted into a shell
     "a pickle, which can run any program on this computer when it is opened, so it is not read. Convert it once, "
@@ -260,7 +261,7 @@ def _header(raw: bytes, body: int) -> tuple[dict[str, Spec], dict[str, str]]:
     """`body` is the number of bytes behind the header. Raises ValueError with a clause."""
     if not raw.startswith(b"{"):
         raise ValueError("its header does not begin with a brace")
-    if b" " * PADDING_CAP in raw:
+    if b" " * PADDING_CAP in raw.translate(_BLANKS):
         raise ValueError(f"its header has {PADDING_CAP:,} or more blanks in a row")
     entries = strict_json(raw)
     metadata = entries.pop("__metadata__", {})
@@ -302,7 +303,8 @@ def _spec(name: str, entry: Any) -> Spec:
         raise ValueError(f"{name} has the impossible offsets {quoted(offsets)}")
     wanted, given = math.prod(shape) * _BYTES[dtype], offsets[1] - offsets[0]
     if wanted != given:
-        raise ValueError(f"{name} of shape {shape} in {dtype} takes {wanted:,} bytes, but its offsets span {given:,}")
+        size = f"{wanted:,}" if wanted < 1 << 63 else "2^63 or more"
+        raise ValueError(f"{name} of shape {shape} in {dtype} takes {size} bytes, but its offsets span {given:,}")
     if wanted == 0:
         raise ValueError(f"{name} of shape {shape} is empty")
     return Spec(dtype, tuple(shape), offsets[0], offsets[1])
@@ -311,6 +313,11 @@ def _spec(name: str, entry: Any) -> Spec:
 def quoted(text: object) -> str:
     """A stranger's text for a message: short, and nothing in it that a terminal or a browser would act on."""
     return "'" + re.sub(r"[^ !#-%(-;=?-~]", "?", str(text)[:60]) + "'"
+
+
+def short(name: str) -> str:
+    """A legal name for a message that has several."""
+    return name if len(name) <= 110 else f"{name[:70]}…{name[-39:]}"
 
 
 def strict_json(text: bytes | str) -> Any:
@@ -339,6 +346,8 @@ def strict_json(text: bytes | str) -> Any:
 
     try:
         text = text.decode() if isinstance(text, bytes) else text
+        if text.count("[") > _JSON_CAP:  # counted beforehand: to make a million lists takes seconds
+            raise ValueError(f"its JSON has more than {_JSON_CAP:,} lists")
         return json.loads(text, object_pairs_hook=table, parse_int=whole, parse_constant=constant)
     except UnicodeDecodeError:
         raise ValueError("its JSON is not UTF-8") from None

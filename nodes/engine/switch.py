@@ -270,7 +270,13 @@ class Switch:
         """Room for stacks of up to `rank` in total at run time, in these layers (default: the blocks' attention)."""
         chosen = [p for p in self._modules if ".attn1." in p] if paths is None else list(paths)
         with torch.inference_mode(False), torch.no_grad():
-            self._arenas.reserve(rank, chosen)
+            if rank > self._arenas.reserved:
+                try:
+                    self._arenas.reserve(rank, chosen)
+                    self._weigh(self._arenas.layout, self.held)
+                except BaseException:
+                    self.spoiled = True
+                    raise
 
     def apply(
         self,

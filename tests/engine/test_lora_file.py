@@ -1,7 +1,8 @@
-"""Adapters from disk: every layout read, every scale right, every broken or hostile file refused with a reason."""
+"""Adapters from disk: every kind read, every scale right, every broken or hostile file refused with a reason."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ import torch
 from safetensors.torch import save_file
 
 from nodes.engine import lora_file, safetensors_file
+from nodes.engine.checkpoints import FAMILIES
 from nodes.engine.errors import AdapterError, AdapterMismatch, AdapterNotFound, AdapterUnreadable, DiskFull
+from nodes.engine.lora_kinds import DoRA, Full, LoHa, LoKr, LoRA
+
+from . import layouts
 
 Q = "transformer_blocks.0.attn1.to_q"
 RANK, WIDTH = 8, 16
@@ -45,6 +50,12 @@ def saved(
     return path
 
 
+def lora(adapter: lora_file.Adapter) -> LoRA:
+    (module,) = adapter.modules
+    assert isinstance(module, LoRA)
+    return module
+
+
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
@@ -53,8 +64,10 @@ def saved(
     [
         ("diffusers", pair()),
         ("diffusers", pair(down="lora_A.default", up="lora_B.default")),
-        ("diffusers, older", pair(down="lora.down", up="lora.up")),
+        ("diffusers", pair(down="lora.down", up="lora.up")),
+        ("diffusers", pair(down="lora_A.my-style_2", up="lora_B.my-style_2")),
         ("PEFT model", pair("base_model.model.")),
+        ("PEFT model", pair("base_model.model.transformer.")),
         ("PEFT", pair("")),
         ("PEFT", pair("", down="lora_A.default", up="lora_B.default")),
     ],
@@ -71,31 +84,9 @@ def test_layouts_become_one_adapter(tmp_path: Path, layout: str, tensors: dict[s
 
 
 @pytest.mark.parametrize(
-    ("key", "named"),
-    [
-        (f"lora_unet__{Q.replace('.', '_')}.lora_down.weight", "kohya or VideoX-Fun"),
-        (f"lora_unet_{Q.replace('.', '_')}.lora_up.weight", "kohya or VideoX-Fun"),
-        ("diffusion_model.blocks.0.q.lora_up.weight", "ComfyUI's own names"),
-        ("model.diffusion_model.transformer.layers.0.attention.query_key_value.matrix_A.0", "SAT"),
-        (f"transformer.{Q}.hada_w1_a", "LoHa"),
-        (f"transformer.{Q}.lokr_w1", "LoKr"),
-        (f"transformer.{Q}.dora_scale", "DoRA"),
-        (f"transformer.{Q}.lora_magnitude_vector", "DoRA"),
-        (f"transformer.{Q}.diff", "full-rank"),
-        (f"transformer.{Q}.diff_b", "full-rank"),
-        (f"transformer.{Q}.lora_B.bias", "biases"),
-        (f"transformer.{Q}.lora_mid.weight", "middle matrix"),
-    ],
+    "key", ["text_encoder.layers.0.q.lora_A.weight", "lora_te_q.lora_down.weight", f"transformer.{Q}.base_layer.bias"]
 )
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_layout_not_read_yet_is_named(tmp_path: Path, key: str, named: str, alone: bool) -> None:
-    tensors = {key: torch.ones(4, 4), **({} if alone else pair(path="transformer_blocks.1.attn1.to_k"))}
-    with pytest.raises(AdapterUnreadable, match=rf"^x.safetensors: its layout is .*{named}.*not read yet; \w+"):
-        lora_file.read(saved(tmp_path / "x.safetensors", tensors))
-
-
-def test_text_encoder_tensors_are_reported_not_hidden(tmp_path: Path) -> None:
-    key = "text_encoder.layers.0.q.lora_A.weight"
+def test_what_is_not_used_is_reported_not_hidden(tmp_path: Path, key: str) -> None:
     adapter = lora_file.read(saved(tmp_path / "x.safetensors", {**pair(), key: torch.ones(2, 2)}))
     assert (adapter.unused, adapter.tensors_used, adapter.tensors_total) == ((key,), 2, 3)
 
@@ -122,12 +113,188 @@ def test_inspect_tells_the_same_in_plain_values(tmp_path: Path) -> None:
         {**pair(), f"transformer.{Q}.alpha": torch.tensor(4.0)},
         {"modelspec.trigger_phrase": "a red cube, <b>\u202eevil\n</b>,", "format": "pt"},
     )
-    told = lora_file.inspect(path)
-    assert json.loads(json.dumps(told)) == told == lora_file.describe(lora_file.read(path))
-    assert told["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    told, sha256 = lora_file.inspect(path), hashlib.sha256(path.read_bytes()).hexdigest()
+    assert told["sha256"] is None
+    assert json.loads(json.dumps(told)) == told == lora_file.describe(lora_file.read(path)) | {"sha256": None}
+    assert lora_file.describe(lora_file.read(path)) == lora_file.inspect(path, sha256)
+    assert lora_file.describe(lora_file.outline(path))["sha256"] == safetensors_file.sha256_of(path) == sha256
     assert (told["kind"], told["scale"], told["rank"]) == ("lora", 0.5, RANK)
     assert told["trigger_words"] == ["a red cube", "<b>evil</b>"]  # unescaped: the faces escape
     assert (told["tensors_used"], told["size_bytes"]) == (3, path.stat().st_size)
+
+
+# --- kinds ------------------------------------------------------------------------------------------------------------
+
+ALPHA_1 = {"alpha": torch.tensor(1.0)}
+LORA = {"lora_A.weight": torch.randn(4, 16), "lora_B.weight": torch.randn(16, 4)}
+LOHA = {f"hada_w{i}_{x}": torch.randn(*((16, 4) if x == "a" else (4, 16))) for i in (1, 2) for x in "ab"}
+LOKR = {"lokr_w1": torch.randn(2, 4), "lokr_w2_a": torch.randn(8, 3), "lokr_w2_b": torch.randn(3, 4)}
+FULL_LOKR = {"lokr_w1": torch.randn(2, 4), "lokr_w2": torch.randn(8, 4)}
+
+
+def one(path: Path, parts: Mapping[str, torch.Tensor]) -> lora_file.Adapter:
+    """An adapter of one layer, from tensors by their suffixes."""
+    return lora_file.read(saved(path, {f"transformer.{Q}.{suffix}": tensor for suffix, tensor in parts.items()}))
+
+
+def test_loha_is_read_with_alpha_over_rank(tmp_path: Path) -> None:
+    adapter = one(tmp_path / "x.safetensors", LOHA | {"alpha": torch.tensor(2.0)})
+    (module,) = adapter.modules
+    assert isinstance(module, LoHa)
+    for value, key in ((module.w1a, "1_a"), (module.w1b, "1_b"), (module.w2a, "2_a"), (module.w2b, "2_b")):
+        assert torch.equal(value, LOHA[f"hada_w{key}"])
+    assert (adapter.kind, adapter.ranks, module.scale, module.shape) == ("loha", (4,), 0.5, (16, 16))
+    assert adapter.tensors_used == 5
+
+
+@pytest.mark.parametrize(
+    ("parts", "shape", "rank", "scale"),
+    [
+        (LOKR, (16, 16), 3, 1 / 3),
+        (FULL_LOKR, (16, 16), 0, 1.0),  # LyCORIS applies no alpha there
+        (
+            {"lokr_w1_a": torch.randn(2, 3), "lokr_w1_b": torch.randn(3, 4), "lokr_w2": torch.randn(8, 4)},
+            (16, 16),
+            3,
+            1 / 3,
+        ),
+        (
+            {"lokr_w1_a": torch.randn(6, 2), "lokr_w1_b": torch.randn(2, 4)}
+            | {"lokr_w2_a": torch.randn(8, 2), "lokr_w2_b": torch.randn(2, 4)},
+            (48, 16),
+            2,
+            0.5,
+        ),
+        ({"lokr_w1": torch.randn(2, 4), "lokr_w2": torch.randn(8, 4, 2, 2)}, (16, 16, 2, 2), 0, 1.0),
+    ],
+)
+def test_lokr_is_read(tmp_path: Path, parts: Any, shape: tuple[int, ...], rank: int, scale: float) -> None:
+    adapter = one(tmp_path / "x.safetensors", parts | ALPHA_1)
+    (module,) = adapter.modules
+    assert isinstance(module, LoKr)
+    assert (adapter.kind, adapter.ranks, module.scale, module.shape) == ("lokr", (rank,) if rank else (), scale, shape)
+    sides = [parts[w] if (w := f"lokr_w{i}") in parts else parts[f"{w}_a"] @ parts[f"{w}_b"] for i in (1, 2)]
+    w1 = sides[0] if sides[1].ndim == 2 else sides[0][:, :, None, None]
+    torch.testing.assert_close(module.dense(torch.zeros(shape)), scale * torch.kron(w1, sides[1]))
+    assert lora_file.inspect(tmp_path / "x.safetensors")["rank"] == rank
+
+
+@pytest.mark.parametrize("suffix", ["", ".default", ".weight", ".default.weight"])
+@pytest.mark.parametrize("kernel", [(), (2, 2)])
+def test_pefts_dora_goes_by_rows(tmp_path: Path, suffix: str, kernel: tuple[int, ...]) -> None:
+    magnitude = torch.rand(1, 12, 1, 1) if kernel else torch.rand(12)
+    ones = [1] * len(kernel)
+    parts = {"lora_A.weight": torch.randn(4, 16, *kernel), "lora_B.weight": torch.randn(12, 4, *ones)}
+    adapter = one(tmp_path / "x.safetensors", parts | {f"lora_magnitude_vector{suffix}": magnitude})
+    (module,) = adapter.modules
+    assert isinstance(module, DoRA)
+    assert isinstance(module.inner, LoRA)
+    assert torch.equal(module.magnitude, magnitude.flatten())
+    assert (adapter.kind, module.columns, module.shape, adapter.ranks) == ("dora", False, (12, 16, *kernel), (4,))
+
+
+@pytest.mark.parametrize("inner", [LORA, LOHA, LOKR])
+@pytest.mark.parametrize("shape", [(16, 1), (1, 16), (16,)])
+def test_lycoris_dora_goes_the_way_that_its_shape_says(tmp_path: Path, inner: Any, shape: tuple[int, ...]) -> None:
+    (module,) = one(tmp_path / "x.safetensors", inner | {"dora_scale": torch.rand(shape)}).modules
+    assert isinstance(module, DoRA)
+    assert module.columns is (shape == (1, 16))
+    assert module.magnitude.shape == (16,)
+
+
+def test_differences_in_full_are_read_beside_a_lora(tmp_path: Path) -> None:
+    path, diff, bias = tmp_path / "x.safetensors", torch.randn(16), torch.randn(16)
+    tensors = pair() | {f"transformer.{Q}.alpha": torch.tensor(4.0), f"transformer.{Q}.diff_b": bias}
+    tensors |= {"transformer.norm_final.diff": diff, "transformer.norm_out.norm.w_norm": torch.randn(16)}
+    tensors |= {"transformer.norm_out.norm.b_norm": torch.randn(16), "transformer.proj_out.diff": torch.randn(64, 16)}
+    adapter = lora_file.read(saved(path, tensors))
+    found = {module.name: module for module in adapter.modules}
+    assert [*found] == sorted(found)
+    assert (adapter.kind, adapter.tensors_used, adapter.unused) == ("lora+diff", 8, ())
+    assert {name: (module.kind, module.strength) for name, module in found.items()} == {
+        f"{Q}.weight": ("lora", 0.5),
+        f"{Q}.bias": ("diff", 1.0),
+        "norm_final.weight": ("diff", 1.0),
+        "norm_out.norm.weight": ("diff", 1.0),
+        "norm_out.norm.bias": ("diff", 1.0),
+        "proj_out.weight": ("diff", 1.0),
+    }
+    final = found["norm_final.weight"]
+    assert isinstance(final, Full)
+    assert torch.equal(final.diff, diff)
+    told = lora_file.inspect(path)
+    assert (told["scale"], told["modules"], told["rank"]) == (0.5, 6, 8)
+
+
+def test_pefts_bias_is_scaled_as_its_matrices_are(tmp_path: Path) -> None:
+    bias = torch.randn(16)
+    adapter = one(tmp_path / "x.safetensors", LORA | {"lora_B.bias": bias, "alpha": torch.tensor(2.0)})
+    first, second = adapter.modules
+    assert (first.name, second.name, adapter.kind) == (f"{Q}.bias", f"{Q}.weight", "lora+diff")
+    torch.testing.assert_close(first.dense(torch.zeros(16)), 0.5 * bias)
+
+
+def test_a_file_of_differences_alone_has_a_known_scale(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.safetensors", {f"transformer.{Q}.diff": torch.ones(4, 4)}, sidecar={"scale": 0.5})
+    adapter = lora_file.read(path)
+    assert (adapter.alpha_known, adapter.modules[0].strength, adapter.ranks, adapter.hints) == (True, 1.0, (), ())
+    assert "the one said in x.safetensors.json is not used" in adapter.scale_reason
+
+
+def test_the_bound_of_a_lora_is_known_from_the_read(tmp_path: Path) -> None:
+    # an alpha in front of the matrices, larger than all of their values
+    adapter = one(tmp_path / "x.safetensors", {"alpha": torch.tensor(2000.0)} | LORA)
+    module = lora(adapter)
+    assert "bound" in module.__dict__
+    assert module.bound == pytest.approx(LoRA(module.path, module.A, module.B, module.scale).bound, rel=1e-6)
+    assert float(module.dense(torch.zeros(16, 16)).abs().amax()) <= module.bound
+
+
+@pytest.mark.parametrize(
+    ("said", "parts"),
+    [
+        ("changed in 2 ways at once, as diff and lora", LORA | {"diff": torch.ones(16, 16)}),
+        ("changed in 2 ways at once, as loha and lora", LORA | LOHA),
+        ("changed in 2 ways at once, as lora_B.bias", LORA | {"lora_B.bias": torch.ones(16), "diff_b": torch.ones(16)}),
+        ("lora_B.bias .* belongs to no matrices", {"lora_B.bias": torch.ones(16)}),
+        ("lora_B.bias .* belongs to no matrices", LORA | {"lora_B.bias": torch.ones(8)}),
+        ("alpha belongs to no matrix", {"diff": torch.ones(16, 16)} | ALPHA_1),
+        ("alpha belongs to no matrix", {"diff_b": torch.ones(16)} | ALPHA_1),
+        ("has hada_w1_a but no hada_w1_b", {"hada_w1_a": torch.ones(4, 2)}),
+        ("has hada_w2_b but no hada_w2_a", {k: v for k, v in LOHA.items() if k != "hada_w2_a"}),
+        ("hada_w1_a .* cannot be multiplied", LOHA | {"hada_w1_a": torch.ones(16, 3)}),
+        ("two products are of shapes", LOHA | {"hada_w2_a": torch.ones(8, 4)}),
+        ("no lokr_w2_a and no lokr_w2_b", {"lokr_w1": torch.ones(4, 4)}),
+        ("lokr_w2 both in full and as a product", LOKR | FULL_LOKR),
+        (
+            "no Kronecker product",
+            {"lokr_w1_a": torch.ones(4, 2), "lokr_w1_b": torch.ones(2, 4)}
+            | {"lokr_w2_a": torch.ones(4, 3), "lokr_w2_b": torch.ones(3, 4)},
+        ),
+        ("no Kronecker product", {"lokr_w1": torch.ones(4), "lokr_w2": torch.ones(4, 4)}),
+        ("magnitudes belong to no matrices", {"lora_magnitude_vector": torch.ones(16)}),
+        ("magnitudes belong to no matrices", {"dora_scale": torch.ones(16, 1), "diff": torch.ones(16, 16)}),
+        ("stand there twice", LORA | {"dora_scale": torch.ones(16, 1), "lora_magnitude_vector": torch.ones(16)}),
+        ("go with a bias", LORA | {"lora_magnitude_vector": torch.ones(16), "lora_B.bias": torch.ones(16)}),
+        ("neither one for each row", LORA | {"lora_magnitude_vector": torch.ones(12)}),
+        ("neither one for each row", LORA | {"lora_magnitude_vector": torch.ones(())}),
+        ("neither one for each row", LORA | {"lora_magnitude_vector": torch.ones(4, 4)}),
+        ("neither one for each row", LORA | {"dora_scale": torch.ones(1, 12)}),
+        (
+            "by the inputs of a convolution",
+            {"lora_A.weight": torch.ones(2, 16, 2, 2), "lora_B.weight": torch.ones(8, 2, 1, 1)}
+            | {"dora_scale": torch.ones(1, 16, 1, 1)},
+        ),
+        ("shaped like no weight", {"diff": torch.ones(())}),
+        ("shaped like no weight", {"diff": torch.ones(2, 2, 2, 2, 2)}),
+        ("shaped like no bias", {"diff_b": torch.ones(2, 2)}),
+        ("is I32; convert", {"diff": torch.ones(4, 4, dtype=torch.int32)}),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(tmp_path: Path, said: str, parts: Any) -> None:
+    for look in (lora_file.read, lora_file.inspect):
+        with pytest.raises(AdapterUnreadable, match=rf"^x.safetensors: .*{said}"):
+            look(saved(tmp_path / "x.safetensors", {f"transformer.{Q}.{suffix}": t for suffix, t in parts.items()}))
 
 
 # --- scale ------------------------------------------------------------------------------------------------------------
@@ -190,27 +357,85 @@ DIFFUSERS = {"lora_adapter_metadata": config("transformer.", r=8, lora_alpha=4)}
 )
 def test_scale(tmp_path: Path, scale: float, reason: str, tensors: Any, metadata: Any, beside: Any) -> None:
     adapter = lora_file.read(saved(tmp_path / "x.safetensors", {**pair(), **tensors}, metadata or None, **beside))
-    assert adapter.modules[0].scale == pytest.approx(scale, rel=1e-12)
+    assert adapter.modules[0].strength == pytest.approx(scale, rel=1e-12)
     assert reason in adapter.scale_reason
     assert adapter.alpha_known == ("unknown" not in reason)
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings", "scale"),
+    [
+        (LOHA, {"peft_type": "LOHA", "r": 4, "alpha": 2}, 0.5),
+        (
+            LOHA,
+            {"peft_type": "LOHA", "r": 8, "alpha": 2, "rank_pattern": {"to_q": 4}, "alpha_pattern": {"to_q": 8}},
+            2.0,
+        ),
+        (LOKR, {"peft_type": "LOKR", "r": 3, "alpha": 6}, 2.0),
+        (FULL_LOKR, {"peft_type": "LOKR", "r": 32, "alpha": 16}, 0.5),  # where LyCORIS would not scale, PEFT does
+        (FULL_LOKR, {"peft_type": "LOKR", "alpha": 16}, 1.0),
+        (LORA | {"lora_magnitude_vector": torch.ones(16)}, {"r": 4, "lora_alpha": 2, "use_dora": True}, 0.5),
+    ],
+)
+def test_a_config_that_says_what_the_tensors_are(tmp_path: Path, parts: Any, settings: Any, scale: float) -> None:
+    tensors = {f"base_model.model.{Q}.{suffix}": tensor for suffix, tensor in parts.items()}
+    adapter = lora_file.read(saved(tmp_path / "adapter_model.safetensors", tensors, config=settings))
+    assert (adapter.modules[0].strength, adapter.alpha_known, adapter.unused) == (scale, True, ())
+
+
+def test_a_config_that_says_dora_wants_magnitudes_on_every_layer(tmp_path: Path) -> None:
+    tensors = pair() | pair(path="transformer_blocks.1.attn1.to_q")
+    tensors |= {f"transformer.{Q}.lora_magnitude_vector": torch.ones(WIDTH)}
+    metadata = {"lora_adapter_metadata": config("transformer.", r=8, lora_alpha=4, use_dora=True)}
+    with pytest.raises(AdapterUnreadable, match=r"says DoRA, but transformer_blocks\.1\.attn1\.to_q has no"):
+        lora_file.read(saved(tmp_path / "x.safetensors", tensors, metadata))
+
+
+@pytest.mark.parametrize(
+    ("file", "tensors", "said"),
+    [
+        ("adapter_model", pair(""), ["CogKit's.*0\\.5.*`python app.py loras scale folder 0.5`"]),
+        ("neon", pair(""), ["Nothing in the file.*`python app.py loras scale neon 0.5`"]),
+        ("neon", pair(rank=64), ["Nothing in the file.*`python app.py loras scale neon 0.5`"]),
+        (
+            "pytorch_lora_weights",
+            pair(rank=256),
+            [
+                "Rank 256.*finetuning.*`python app.py loras scale folder 0.5`",
+                "SAT.*1/rank.*`python app.py loras scale folder 0.00390625`",
+                "1 is right",
+            ],
+        ),
+        ("neon", pair("") | {f"{Q}.alpha": torch.tensor(1.0)}, []),
+        # A stranger's name is not put into a line for a shell.
+        ("$(reboot) x", pair(), ["Nothing in the file.*`python app.py loras scale NAME 0.5`"]),
+        ("-rf", pair(), ["Nothing in the file.*`python app.py loras scale NAME 0.5`"]),
+    ],
+)
+def test_an_unknown_alpha_comes_with_hints(tmp_path: Path, file: str, tensors: Any, said: list[str]) -> None:
+    told = lora_file.inspect(saved(tmp_path / "folder" / f"{file}.safetensors", tensors))
+    assert len(told["hints"]) == len(said)
+    assert all(re.search(one, hint) for one, hint in zip(said, told["hints"], strict=True))
+    assert told["scale"] == (1 / RANK if not said else 1.0)  # shown, never applied
 
 
 def test_layers_with_scales_of_their_own(tmp_path: Path) -> None:
     tensors = pair() | pair(path="transformer_blocks.1.attn1.to_q", rank=4)
     metadata = {"lora_adapter_metadata": config("transformer.", r=8, lora_alpha=4, rank_pattern={"1.attn1.to_q": 4})}
     adapter = lora_file.read(saved(tmp_path / "x.safetensors", tensors, metadata))
-    assert [m.scale for m in adapter.modules] == [0.5, 1.0]
+    assert [m.strength for m in adapter.modules] == [0.5, 1.0]
     assert adapter.scale_reason == "0.5 to 1: alpha / rank of each layer in lora_adapter_metadata"
     assert adapter.ranks == (4, 8)
     told = lora_file.describe(adapter)
     assert (told["rank"], told["scale"]) == ([4, 8], [0.5, 1.0])
+    assert told["rank_per_module"] == {f"{Q}.weight": 8, "transformer_blocks.1.attn1.to_q.weight": 4}
 
 
 def test_a_config_beside_several_adapters_speaks_only_for_pefts_own_file(tmp_path: Path) -> None:
     other = saved(tmp_path / "other.safetensors", config={"r": 8, "lora_alpha": 4})
     own = saved(tmp_path / "adapter_model.safetensors")
     assert not lora_file.read(other).alpha_known
-    assert lora_file.read(own).modules[0].scale == 0.5
+    assert lora_file.read(own).modules[0].strength == 0.5
 
 
 def test_the_stamp_follows_the_file_and_its_sidecar(tmp_path: Path) -> None:
@@ -225,8 +450,9 @@ def test_the_stamp_follows_the_file_and_its_sidecar(tmp_path: Path) -> None:
     ("said", "metadata"),
     [
         ("rank 16", {"lora_adapter_metadata": config(r=16, lora_alpha=4)}),
-        ("DoRA", {"lora_adapter_metadata": config(r=8, lora_alpha=4, use_dora=True)}),
-        ("LOHA", {"lora_config": config(peft_type="LOHA", r=8, alpha=4)}),
+        ("DoRA, but .* no lora_magnitude", {"lora_adapter_metadata": config(r=8, lora_alpha=4, use_dora=True)}),
+        ("says LOHA, but .* is a lora", {"lora_config": config(peft_type="LOHA", r=8, alpha=4)}),
+        ("'LN_TUNING', which is not read", {"lora_config": config(peft_type="LN_TUNING")}),
         ("pissa", {"lora_config": config(r=8, lora_alpha=4, init_lora_weights="pissa_niter_4")}),
         ("nan", {"lora_config": '{"r": 8, "lora_alpha": NaN}'}),
         ("lora_alpha", {"lora_config": config(r=8, lora_alpha=4e9)}),
@@ -416,10 +642,17 @@ def test_a_broken_file_is_refused_with_a_reason(tmp_path: Path, name: str, look:
     assert "<" not in text
 
 
+@pytest.mark.parametrize("name", IN_THE_MATRICES)
+def test_an_inspection_does_not_read_the_matrices(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(BROKEN[name])
+    assert lora_file.inspect(path)["tensors_used"] == 2
+
+
 def test_the_good_file_of_the_broken_ones_is_good(tmp_path: Path) -> None:
     path = tmp_path / "good.safetensors"
     path.write_bytes(other())
-    assert lora_file.read(path).modules[0].A.tolist() == [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]]
+    assert lora(lora_file.read(path)).A.tolist() == [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".PT"])
@@ -456,18 +689,121 @@ def test_a_file_that_changes_under_the_reader_is_refused(tmp_path: Path, change:
     path = saved(tmp_path / "x.safetensors", pair(rank=4096))
     with safetensors_file.opened(path) as source:
         os.truncate(path, source.size + change)
-        with pytest.raises(AdapterUnreadable, match=said):
+        with pytest.raises(AdapterUnreadable, match=rf"it (got )?{said} while it was read"):
             source.read(source.tensors)
+
+
+def test_a_file_that_is_written_to_under_the_reader_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.safetensors")
+    with safetensors_file.opened(path) as source:
+        os.utime(path, ns=(0, 1_000_000_000))
+        with pytest.raises(AdapterUnreadable, match="it was written to while it was read"):
+            source.read(source.tensors)
+
+
+def test_alphas_are_looked_up_without_the_rest_and_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+    alpha = f"transformer.{Q}.alpha"  # in two bytes, behind the matrices
+    path = saved(tmp_path / "x.safetensors", {**pair(rank=1024), alpha: torch.tensor(2.5, dtype=torch.bfloat16)})
+    with safetensors_file.opened(path) as source:
+        assert source.numbers([alpha]) == {alpha: 2.5}
+    with safetensors_file.opened(path) as source:
+        os.truncate(path, source.size - 1)
+        with pytest.raises(AdapterUnreadable, match="it got shorter while it was read"):
+            source.numbers([alpha])
+
+
+@pytest.mark.parametrize(("change", "said"), [(-100, "shorter"), (100, "grew")])
+def test_a_file_that_changes_under_the_hash_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: int, said: str
+) -> None:
+    path = saved(tmp_path / "x.safetensors", pair(rank=4096))
+    real = safetensors_file.opened
+
+    @contextlib.contextmanager
+    def changing(path: Path) -> Iterator[safetensors_file.Source]:
+        with real(path) as source:
+            os.truncate(path, source.size + change)
+            yield source
+
+    monkeypatch.setattr(safetensors_file, "opened", changing)
+    with pytest.raises(AdapterUnreadable, match=rf"it (got )?{said} while it was read"):
+        safetensors_file.sha256_of(path)
+
+
+def test_the_hash_refuses_what_the_reader_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(BROKEN["download broken off"])
+    with pytest.raises(AdapterUnreadable):
+        safetensors_file.sha256_of(path)
+    with pytest.raises(AdapterNotFound):
+        safetensors_file.sha256_of(tmp_path / "none.safetensors")
+
+
+def test_one_buffer_holds_the_file_and_the_hash_is_of_that_buffer(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.safetensors", {**pair(), "text_encoder.x": torch.ones(8, dtype=torch.bool)})
+    data = path.read_bytes()
+    adapter = lora_file.read(path)
+    module = lora(adapter)
+    assert module.A.untyped_storage().data_ptr() == module.B.untyped_storage().data_ptr()
+    assert adapter.nbytes == len(data)
+    path.write_bytes(b"")
+    assert adapter.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_tensors_that_are_not_aligned_are_copied(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    # 3 bytes before B, so that float32 cannot be read where it lies
+    header = {A: entry([2, 4]), "note": entry([3], 32, 35, "U8"), B: entry([4, 2], 35)}
+    path.write_bytes(container(header, BODY[:32] + b"abc" + BODY[32:]))
+    adapter = lora_file.read(path)
+    assert lora(adapter).B.flatten().tolist() == [float(n) for n in range(8, 16)]
+    assert lora(adapter).B.data_ptr() % 4 == 0
+    assert adapter.nbytes == path.stat().st_size + 32
+    assert adapter.unused == ("note",)
+
+
+def test_the_fingerprint_tells_contents_apart_and_the_sha256_what_it_misses(tmp_path: Path) -> None:
+    tensors = {"x.lora_A.weight": torch.zeros(2048, 1024), "x.lora_B.weight": torch.zeros(4, 2048)}
+    seen = {}
+    # first and last numbers of the data, one that a window holds, one between two windows
+    for name, key, at in (
+        ("same", "x.lora_A.weight", None),
+        ("first", "x.lora_A.weight", 0),
+        ("last", "x.lora_B.weight", -1),
+        ("between", "x.lora_A.weight", 20_000),
+    ):
+        changed = {k: t.clone() for k, t in tensors.items()}
+        if at is not None:
+            changed[key].view(-1)[at] = 1.0
+        seen[name] = lora_file.read(saved(tmp_path / f"{name}.safetensors", changed))
+    again = lora_file.read(tmp_path / "same.safetensors")
+    assert again.fingerprint == seen["same"].fingerprint != ""
+    assert len({adapter.fingerprint for adapter in seen.values()}) == 3
+    assert seen["between"].fingerprint == seen["same"].fingerprint
+    assert len({adapter.sha256 for adapter in seen.values()}) == 4
+    small = lora_file.read(saved(tmp_path / "small.safetensors"))
+    assert small.fingerprint == small.sha256  # where all of it is looked through
 
 
 def test_an_adapter_in_hand_does_not_hang_on_its_file(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.safetensors")
     with torch.inference_mode():  # as ComfyUI calls
         adapter = lora_file.read(path)
-    before = adapter.modules[0].A.clone()
+    before = lora(adapter).A.clone()
     path.write_bytes(b"")
-    assert torch.equal(adapter.modules[0].A, before)
-    assert not adapter.modules[0].A.is_inference()
+    assert torch.equal(lora(adapter).A, before)
+
+
+def test_nothing_of_an_adapter_is_bound_to_the_mode_it_was_read_in(tmp_path: Path) -> None:
+    parts = LOKR | {"lokr_w2": torch.randn(8, 4, 2, 2), "dora_scale": torch.rand(16, 1, 1, 1), "diff_b": torch.ones(16)}
+    parts = {suffix: tensor for suffix, tensor in parts.items() if not suffix.startswith("lokr_w2_")}
+    with torch.inference_mode():
+        bias, dora = one(tmp_path / "x.safetensors", parts).modules
+    assert isinstance(bias, Full)
+    assert isinstance(dora, DoRA)
+    assert isinstance(dora.inner, LoKr)
+    tensors = (bias.diff, dora.magnitude, *dora.inner.w1, *dora.inner.w2)
+    assert not any(tensor.is_inference() for tensor in tensors)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -478,8 +814,8 @@ def test_write_then_read_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
     metadata = {"modelspec.title": "Neon ü", "cogloom.step": "100"}
     path = lora_file.write(tmp_path / "new" / "neon.safetensors", modules, 4, metadata)
     adapter = lora_file.read(path)
-    assert torch.equal(adapter.modules[0].A, modules[Q][0])
-    assert torch.equal(adapter.modules[0].B, modules[Q][1])
+    assert torch.equal(lora(adapter).A, modules[Q][0])
+    assert torch.equal(lora(adapter).B, modules[Q][1])
     assert adapter.scale_reason == "0.5: alpha 4 / rank 8 in lora_adapter_metadata"
     assert adapter.metadata.items() >= {**metadata, "format": "pt"}.items()
     again = lora_file.write(tmp_path / "again.safetensors", modules, 4, dict(reversed(metadata.items())))
@@ -573,8 +909,7 @@ def test_diffusers_scales_our_files_as_we_do(tmp_path: Path, through: str) -> No
     with torch.no_grad():
         plain = model(**inputs)[0]
         for module in lora_file.read(path).modules:
-            delta = module.scale * (module.B.flatten(1) @ module.A.flatten(1))
-            layers(model)[module.path].weight += weight * delta.view_as(pristine[module.path])
+            layers(model)[module.path].weight += weight * module.dense(pristine[module.path])
         ours = model(**inputs)[0]
         for name, layer in layers(model).items():
             layer.weight.copy_(pristine[name])
@@ -589,69 +924,140 @@ def test_diffusers_scales_our_files_as_we_do(tmp_path: Path, through: str) -> No
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-SIZES: dict[str, dict[str, Any]] = {
-    "CogVideoX-2b": {"num_attention_heads": 30, "num_layers": 30},
-    "CogVideoX-5b": {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
-}
-KNOWN = {"CogVideoX-2b": (1920, 30), "CogVideoX-5b": (3072, 42)}
+SMALL, LARGE = layouts.RELEASED
 
 
-@pytest.fixture(scope="module")
-def bases() -> dict[str, dict[str, tuple[int, ...]]]:
-    """{layer: shape} of the real classes at their true sizes, without their weights."""
-    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
-
-    with torch.device("meta"):
-        models = {name: CogVideoXTransformer3DModel(**size) for name, size in SIZES.items()}
-    return {name: {n: tuple(m.weight.shape) for n, m in layers(model).items()} for name, model in models.items()}
+def fitted(adapter: lora_file.Adapter, base: str, partial: bool = False) -> lora_file.Adapter:
+    return lora_file.fit(adapter, layouts.released(base), base, *layouts.WIDTH_BLOCKS[base], partial)
 
 
-def made_for(shapes: dict[str, tuple[int, ...]], path: Path, wanted: str = r"\.attn1\.to_(q|k|v|out\.0)$") -> Path:
+def made_for(shapes: Mapping[str, tuple[int, ...]], path: Path, wanted: str = r"\.attn1\.to_(q|k|v|out\.0)$") -> Path:
     modules = {
         name: (torch.zeros(1, *shape[1:]), torch.zeros(shape[0], 1, *[1] * (len(shape) - 2)))
-        for name, shape in shapes.items()
-        if re.search(wanted, name)
+        for parameter, shape in shapes.items()
+        if len(shape) > 1 and re.search(wanted, name := parameter.removesuffix(".weight"))
     }
     return lora_file.write(path, modules, 1, {})
 
 
-def test_true_sizes_fit_their_base_and_no_other(tmp_path: Path, bases: Any) -> None:
-    small = lora_file.read(made_for(bases["CogVideoX-2b"], tmp_path / "cube.safetensors"))
-    large = lora_file.read(made_for(bases["CogVideoX-5b"], tmp_path / "neon.safetensors"))
+def test_true_sizes_fit_their_base_and_no_other(tmp_path: Path) -> None:
+    small = lora_file.read(made_for(layouts.released(SMALL), tmp_path / "cube.safetensors"))
+    large = lora_file.read(made_for(layouts.released(LARGE), tmp_path / "neon.safetensors"))
     assert (small.tensors_total, small.width, small.blocks) == (240, 1920, 30)
     assert (large.tensors_total, large.width, large.blocks) == (336, 3072, 42)
-    lora_file.check_fits(small, bases["CogVideoX-2b"], "CogVideoX-2b", *KNOWN["CogVideoX-2b"])
-    lora_file.check_fits(large, bases["CogVideoX-5b"], "CogVideoX-5b", *KNOWN["CogVideoX-5b"])
-    with pytest.raises(AdapterMismatch) as caught:
-        lora_file.check_fits(large, bases["CogVideoX-2b"], "CogVideoX-2b", *KNOWN["CogVideoX-2b"])
-    assert str(caught.value) == (
-        "neon.safetensors: 0 of 336 tensors fit CogVideoX-2b (width 1920); "
-        "the file's width is 3072, so it was made for a 5B base."
-    )
+    assert fitted(small, SMALL) is small
+    assert fitted(large, LARGE, partial=True) is large
+    for partial in (False, True):  # there is no part of it that fits
+        with pytest.raises(AdapterMismatch) as caught:
+            fitted(large, SMALL, partial)
+        assert str(caught.value) == (
+            "neon.safetensors: 0 of 336 tensors fit CogVideoX-2b (width 1920); "
+            "the file's width is 3072, so it was made for a 5B base."
+        )
     with pytest.raises(AdapterMismatch, match=r"0 of 240 .* width is 1920, so it was made for CogVideoX-2b\.$"):
-        lora_file.check_fits(small, bases["CogVideoX-5b"], "CogVideoX-5b", *KNOWN["CogVideoX-5b"])
+        fitted(small, LARGE)
 
 
-def test_every_layer_of_the_base_can_be_adapted(tmp_path: Path, bases: Any) -> None:
-    adapter = lora_file.read(made_for(bases["CogVideoX-2b"], tmp_path / "all.safetensors", "."))
-    assert {m.path for m in adapter.modules} == set(bases["CogVideoX-2b"])
-    lora_file.check_fits(adapter, bases["CogVideoX-2b"], "CogVideoX-2b", 1920, 30)
+def test_every_parameter_of_the_base_can_be_adapted(tmp_path: Path) -> None:
+    shapes = layouts.released(SMALL)
+    adapter = lora_file.read(made_for(shapes, tmp_path / "all.safetensors", "."))
+    assert {m.name for m in adapter.modules} == {name for name, shape in shapes.items() if len(shape) > 1}
+    assert fitted(adapter, SMALL) is adapter
+    leaf = {"weight": "diff", "bias": "diff_b"}
+    tensors = {
+        f"{name.rpartition('.')[0]}.{leaf[name.rpartition('.')[2]]}": torch.zeros(shape)
+        for name, shape in shapes.items()
+        if len(shape) == 1
+    }
+    vectors = lora_file.read(saved(tmp_path / "vectors.safetensors", tensors))
+    assert {m.name for m in adapter.modules} | {m.name for m in vectors.modules} == set(shapes)
+    assert fitted(vectors, SMALL) is vectors
+    assert (vectors.width, vectors.blocks) == (1920, 30)
 
 
-def test_a_partial_fit_is_refused_with_its_misfits(tmp_path: Path, bases: Any) -> None:
-    shapes = bases["CogVideoX-2b"]
-    # One block too many, and a patch embedding for image to video (32 channels instead of 16).
-    more = {f"transformer_blocks.30.attn1.to_{x}": (1920, 1920) for x in "qkv"}
-    more |= {"patch_embed.proj": (1920, 32, 2, 2)}
-    adapter = lora_file.read(made_for(shapes | more, tmp_path / "x.safetensors", "attn1.to_[qkv]|patch_embed.proj"))
+# One block too many, and a patch embedding for image to video (32 channels instead of 16).
+MORE = {f"transformer_blocks.30.attn1.to_{x}.weight": (1920, 1920) for x in "qkv"}
+MORE |= {"patch_embed.proj.weight": (1920, 32, 2, 2)}
+
+
+def test_a_partial_fit_is_refused_with_its_misfits(tmp_path: Path) -> None:
+    shapes = {**layouts.released(SMALL), **MORE}
+    adapter = lora_file.read(made_for(shapes, tmp_path / "x.safetensors", "attn1.to_[qkv]|patch_embed.proj"))
     with pytest.raises(AdapterMismatch) as caught:
-        lora_file.check_fits(adapter, shapes, "CogVideoX-2b", 1920, 30)
+        fitted(adapter, SMALL)
     text = str(caught.value)
     assert "180 of 188 tensors fit" in text
     assert "patch_embed.proj (made for (1920, 32, 2, 2), here (1920, 16, 2, 2))" in text
     assert "transformer_blocks.30.attn1.to_k (no such layer)" in text
     assert "to_v" not in text  # three are enough
     assert "goes up to block 31, the base has 30" in text
+    assert text.endswith("or allow partial use of the 180 that fit.")
+
+
+def test_a_partial_fit_can_be_allowed_and_what_is_left_out_is_reported(tmp_path: Path) -> None:
+    stem = "lora_unet_transformer_blocks_{}_attn1_to_q"
+    tensors: dict[str, torch.Tensor] = {"lora_te_q.lora_down.weight": torch.ones(2, 2)}
+    for block, rank in ((0, 4), (30, 2)):
+        tensors |= {
+            f"{stem.format(block)}.lora_down.weight": torch.randn(rank, 1920),
+            f"{stem.format(block)}.lora_up.weight": torch.randn(1920, rank),
+            f"{stem.format(block)}.alpha": torch.tensor(2.0),
+            f"{stem.format(block)}.diff_b": torch.randn(1920),
+        }
+    tensors["lora_unet_proj_out.diff_b"] = torch.ones(7)
+    adapter = lora_file.read(saved(tmp_path / "x.safetensors", tensors))
+    assert (adapter.tensors_used, adapter.kind, adapter.ranks) == (9, "lora+diff", (2, 4))
+    with pytest.raises(AdapterMismatch, match=r"4 of 9 tensors .* proj_out\.bias \(made for \(7,\), here \(64,\)\)"):
+        fitted(adapter, SMALL)
+    part = fitted(adapter, SMALL, partial=True)
+    assert [module.name for module in part.modules] == [f"{Q}.bias", f"{Q}.weight"]
+    assert all(a is b for a, b in zip(part.modules, adapter.modules[1:3], strict=True))
+    assert (part.tensors_used, part.tensors_total, part.ranks) == (4, 10, (4,))
+    assert set(part.unused) == {key for key in tensors if stem.format(0) not in key}
+    assert (part.fingerprint, part.sha256, part.nbytes) == (adapter.fingerprint, adapter.sha256, adapter.nbytes)
+    assert fitted(part, SMALL) is part
+
+
+def test_a_misfit_of_another_width_of_which_a_part_fits(tmp_path: Path) -> None:
+    tensors = {
+        "transformer.time_embedding.linear_2.lora_A.weight": torch.zeros(2, 512),
+        "transformer.time_embedding.linear_2.lora_B.weight": torch.zeros(512, 2),
+        A: torch.zeros(2, 3072),
+        B: torch.zeros(3072, 2),
+    }
+    adapter = lora_file.read(saved(tmp_path / "x.safetensors", tensors))
+    with pytest.raises(
+        AdapterMismatch, match=r"2 of 4 .* made for a 5B base\. Choose .* partial use of the 2 that fit"
+    ):
+        fitted(adapter, SMALL)
+    assert [module.path for module in fitted(adapter, SMALL, partial=True).modules] == ["time_embedding.linear_2"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "family"),
+    [
+        ((1920, 16, 2, 2), "CogVideoX-2b"),
+        ((1920, 33, 2, 2), "CogVideoX-Fun-2b-InP"),
+        ((3072, 16, 2, 2), "CogVideoX-5b"),
+        ((3072, 32, 2, 2), "CogVideoX-5b-I2V"),
+        ((3072, 33, 2, 2), "CogVideoX-Fun-5b-InP"),
+        ((3072, 128), "CogVideoX1.5-5B"),
+        ((3072, 256), "CogVideoX1.5-5B-I2V"),
+        ((192, 6, 2, 2), "cogloom-demo"),
+    ],
+)
+def test_the_patch_embedding_tells_which_bases_it_fits(tmp_path: Path, shape: tuple[int, ...], family: str) -> None:
+    path = made_for({"patch_embed.proj.weight": shape}, tmp_path / "x.safetensors", ".")
+    fits, family_of = lora_file.inspect(path)["fits"], {row.name: row for row in FAMILIES}
+    assert family in fits
+    kinds = {(family_of[n].width, family_of[n].in_channels, family_of[n].patch_size_t) for n in fits}
+    assert len(kinds) == 1
+
+
+def test_what_fits_nothing_known_says_so(tmp_path: Path) -> None:
+    assert lora_file.inspect(saved(tmp_path / "x.safetensors"))["fits"] == []
+    path = made_for({"patch_embed.proj.weight": (3072, 48, 2, 2)}, tmp_path / "y.safetensors", ".")
+    assert lora_file.inspect(path)["fits"] == []
 
 
 # --- which file -------------------------------------------------------------------------------------------------------

@@ -411,3 +411,27 @@ def test_offloaded_weights_are_reached(checkpoints: Path, adapters, placement: s
         switch.apply([])
         assert torch.equal(seen(transformer), off)
     assert switch.differing() == ()
+
+
+def test_room_reserved_keeps_what_is_held(checkpoints: Path, adapters):
+    transformer, switch = fresh(checkpoints)
+    one, two, _ = adapters
+    switch.apply([(one, 0.7), (two, -1.0)], hold="stacked")
+    before = seen(transformer)
+    switch.reserve(64)
+    torch.testing.assert_close(seen(transformer), before, atol=2e-5, rtol=1e-5)
+    size = switch.arena_bytes
+    switch.apply([(two, 0.5)], hold="stacked")
+    switch.apply([])
+    assert switch.arena_bytes == size  # for good
+    assert torch.equal(seen(transformer), seen(fresh(checkpoints)[0]))
+    switch.apply([(one, 0.7), (two, -1.0)], hold="stacked")
+    torch.testing.assert_close(seen(transformer), before, atol=2e-5, rtol=1e-5)
+
+
+def test_run_time_memory_is_given_back_when_nothing_is_stacked(checkpoints: Path, adapters):
+    _, switch = fresh(checkpoints)
+    switch.apply([(adapters[0], 1.0)], hold="stacked")
+    assert switch.arena_bytes > 0
+    switch.apply([(adapters[0], 1.0)], hold="fused")
+    assert switch.arena_bytes == 0
