@@ -29,6 +29,7 @@ examples:
   python app.py models                          what is here, what could be downloaded
   python app.py loras                           the adapters, what they fit, their scale and why
   python app.py loras inspect neon              all there is to know of one
+  python app.py loras effect neon:0.8 bounce    how strong each is, per block, and how they overlap
   python app.py loras scale mine 1/256          settle a scale that the file does not say
   python app.py loras convert mp_rank_00_model_states.pt   a SAT checkpoint's adapter as safetensors
   python app.py train my_clips --name mine      an adapter from a folder of clips and stills
@@ -158,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
                        help="a number such as 0.5, a fraction such as 1/256, or auto: as the file says")  # fmt: skip
     scale.add_argument("--trigger-words", metavar="WORDS", help='with commas between them; "" says that it has none')
     scale.add_argument("--notes", metavar="TEXT", help='"" takes them out')
+    effect = action("effect", _effect, "how strong adapters are on a base, per block, and how they overlap")
+    effect.add_argument("entries", nargs="*", metavar="NAME[:WEIGHT][OPTIONS]", help="as for render --lora")
+    effect.add_argument("--base", metavar="NAME", help="as `models` lists them; default: the embedded demo")
     convert = action("convert", _convert, "write a SAT checkpoint, a .bin or any layout in the diffusers format")
     convert.add_argument("source", nargs="?", help="a file; a pickle is opened as weights alone and in a process apart")
     convert.add_argument("-o", "--output", type=Path, metavar="FILE",
@@ -386,6 +390,38 @@ def _scale(host: LocalHost, args: argparse.Namespace) -> int:
     return 0
 
 
+def _effect(host: LocalHost, args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from nodes.lora import measure_stack, stack_loras
+    from nodes.model import choose_base
+
+    if not args.entries:
+        raise UsageError("Which adapters? `python app.py loras` lists them.")
+    stack = stack_loras(host, args.entries, anywhere=True).active()
+    found = measure_stack(host, choose_base(host, **({"name": args.base} if args.base else {})), stack)
+    names = [entry.name for entry in stack]
+    if args.json:
+        data = asdict(found)
+        for one in (data, *data["each"]):
+            one["cells"] = [[block, part, size] for (block, part), size in one["cells"].items()]
+        _print_json({"adapters": names, **data})
+        return 0
+    rows = [*zip(names, found.each, strict=True), *([("together", found)] if len(names) > 1 else [])]
+    for name, one in rows:
+        parts = ", ".join(f"{part} {size:.3g}" for part, size in one.parts.items())
+        print(_plain(f"{name:<24} {one.overall:<8.3g} of its layers' size ({parts})"))
+        peak = max(one.blocks.values(), default=0.0) or 1.0
+        for block, size in one.blocks.items():
+            print(f"  block {block!s:<6} {size:<10.3g} {'█' * round(40 * size / peak)}")
+        if one.warning:
+            print(textwrap.fill(_plain(one.warning), _width(), initial_indent="  ", subsequent_indent="  "))
+    for pair in found.overlap:
+        first, second = names[pair.first], names[pair.second]
+        print(_plain(f"{first} and {second}: cosine {pair.overall:+.3f} (1 the same, -1 one undoes the other)"))
+    return 0
+
+
 def _convert(host: LocalHost, args: argparse.Namespace) -> int:
     from nodes.lora import convert_adapter
 
@@ -396,10 +432,10 @@ def _convert(host: LocalHost, args: argparse.Namespace) -> int:
     if args.json:
         _print_json(report)
         return 0
-    used, total, left = report["tensors_used"], report["tensors_total"], report["unused"]
+    used, total = report["tensors_used"], report["tensors_total"]
     print(_plain(f"{report['layout']}: used {used:,}/{total:,} tensors, rank {_range(report['rank'])}"))
-    if left:
-        print(_plain(f"not used: {_short(', '.join(left[:3]))}{' …' if len(left) > 3 else ''}"))
+    if report["unused"]:
+        print(_plain(f"not used: {total - used:,}, such as {report['unused'][0]}"))
     print(_plain(f"scale {report['scale_reason']}"))
     sizes = (f"{report[key] / 1e6:,.{0 if report[key] > 1e7 else 3}f} MB" for key in ("source_bytes", "target_bytes"))
     print(" -> ".join(sizes))

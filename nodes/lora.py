@@ -8,13 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .engine.checkpoints import DEMO_FOLDER
+import torch
+
+from .engine.checkpoints import DEMO_FOLDER, part_files
+from .engine.effect import StackEffect, stack_effect
 from .engine.errors import AdapterUnreadable, UsageError
 from .engine.lora_cache import AdapterCache
-from .engine.lora_file import Adapter, adapter_name, find_adapters, resolve, resolve_path, stamp
+from .engine.lora_file import Adapter, adapter_name, find_adapters, fit, resolve, resolve_path, stamp
 from .engine.lora_index import Index, Row, scale_from, settle
 from .engine.lora_stack import Entry, LoraStack, parse
+from .engine.pipeline import Base
+from .engine.pristine import PristineFiles
 from .engine.sat import convert
+from .engine.switch import Norms
 from .host import Host
 
 DEMO_ADAPTERS = DEMO_FOLDER / "loras"
@@ -123,6 +129,26 @@ def convert_adapter(
         raise
     host.progress(1, 1, f"converted {path.name}")
     return report
+
+
+def measure_stack(host: Host, base: Base, stack: LoraStack) -> StackEffect:
+    """How strong a stack would be on a base, ‖ΔW‖/‖W‖ of each adapter and of the sum, and where they overlap. From the
+    files alone: the base is not loaded.
+
+    Raises:
+        AdapterNotFound, AdapterUnreadable, AdapterMismatch, NotAModel
+    """
+    checkpoint = base.checkpoint()
+    pristine = PristineFiles(part_files(checkpoint.part("transformer")), torch.float32)
+    shapes, family = pristine.shapes(), checkpoint.family
+    wanted = []
+    for adapter, entry in read_stack(stack):
+        fitted = fit(adapter, shapes, checkpoint.name, family.width, family.blocks, entry.partial)
+        wanted.append((fitted, entry.strength(entry.height)))
+    try:
+        return stack_effect(wanted, Norms(pristine, shapes), lambda name: pristine(name).clone())
+    finally:
+        pristine.release()
 
 
 def adapter_cache() -> AdapterCache:

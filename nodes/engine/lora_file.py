@@ -682,7 +682,7 @@ def fit(
             unused=tuple(sorted({*adapter.unused, *lost})),
         )
     head = f"{adapter.path.name}: {total - len(lost)} of {total} tensors fit {base_name} (width {width})"
-    allow = f", or allow partial use of the {total - len(lost)} that fit" if some else ""
+    allow = f", or allow partial use of the {total - len(lost)} that fit (NAME[partial])" if some else ""
     if adapter.width not in (None, width):
         origin = f"so it was made for {WIDTHS[adapter.width]}" if adapter.width in WIDTHS else "which no known base has"
         todo = f" Choose the base that it was trained on{allow}." if some else ""

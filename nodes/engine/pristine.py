@@ -54,6 +54,10 @@ class PristineFiles:
                         f"{file} has a broken safetensors header ({error}); fetch the checkpoint again."
                     ) from error
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter in the files."""
+        return {name: where.shape for name, where in self._where.items()}
+
     def check(self) -> None:
         """Raises ModelError when a file is gone or is another one now; ask before changing anything."""
         for file, stamp in self._stamps.items():

@@ -991,7 +991,7 @@ def test_a_partial_fit_is_refused_with_its_misfits(tmp_path: Path) -> None:
     assert "transformer_blocks.30.attn1.to_k (no such layer)" in text
     assert "to_v" not in text  # three are enough
     assert "goes up to block 31, the base has 30" in text
-    assert text.endswith("or allow partial use of the 180 that fit.")
+    assert text.endswith("or allow partial use of the 180 that fit (NAME[partial]).")
 
 
 def test_a_partial_fit_can_be_allowed_and_what_is_left_out_is_reported(tmp_path: Path) -> None:
@@ -1027,7 +1027,7 @@ def test_a_misfit_of_another_width_of_which_a_part_fits(tmp_path: Path) -> None:
     }
     adapter = lora_file.read(saved(tmp_path / "x.safetensors", tensors))
     with pytest.raises(
-        AdapterMismatch, match=r"2 of 4 .* made for a 5B base\. Choose .* partial use of the 2 that fit"
+        AdapterMismatch, match=r"2 of 4 .* made for a 5B base\. Choose .* partial use of the 2 that fit \(NAME"
     ):
         fitted(adapter, SMALL)
     assert [module.path for module in fitted(adapter, SMALL, partial=True).modules] == ["time_embedding.linear_2"]
