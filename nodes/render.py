@@ -212,7 +212,8 @@ def entries_from(record: dict[str, Any]) -> list[str]:
             Asked(
                 lora["name"],
                 lora["weight"],
-                *(lora.get(key, "") for key in ("blocks", "steps")),
+                lora.get("blocks", ""),  # records of 0.1 have no more than name and weight
+                lora.get("steps", ""),
                 lora.get("partial", False),
             )
         )

@@ -315,7 +315,7 @@ def read(path: Path) -> Adapter:
         keys = _keys(source)
         sidecar = read_sidecar(path)
         content = source.read(key for layer in keys.layers for key in layer.keys.values())
-    peaks = _peaks(path, content.tensors)
+    peaks = _peaks(path, content)
     # In float: the quotient of an alpha kept in bf16 would be rounded to 8 bits.
     alphas = {
         layer.path: float(content.tensors[layer.keys["alpha"]].item()) for layer in keys.layers if "alpha" in layer.keys
@@ -403,11 +403,13 @@ def _adapter(
     )
 
 
-def _peaks(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The largest size of an element of each. Raises AdapterUnreadable where one is not finite."""
+def _peaks(path: Path, content: Content) -> dict[str, float]:
+    """No element of a tensor is larger than this. Raises AdapterUnreadable where one is not finite."""
+    if content.peak is not None and math.isfinite(content.peak):
+        return dict.fromkeys(content.tensors, content.peak)
     peaks: dict[str, float] = {}
-    for key, tensor in tensors.items():
-        low, high = map(float, torch.aminmax(tensor))  # one pass, hands NaN on; 20 times faster than isfinite().all()
+    for key, tensor in content.tensors.items():
+        low, high = map(float, torch.aminmax(tensor))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise AdapterUnreadable(
                 f"{path.name}: {key} has values that are not finite (NaN or infinity), so every frame would be black. "

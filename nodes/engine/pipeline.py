@@ -190,7 +190,7 @@ class Resident:
         # Before the placement's hooks, so that it sees every parameter where it was loaded.
         self.switch = Switch(self.transformer, PristineFiles(part_files(folder), self.dtype), self.dtype, self.device)
         self.shapes = self.switch.shapes()
-        self._fitted: weakref.WeakKeyDictionary[Adapter, dict[bool, Adapter]] = weakref.WeakKeyDictionary()
+        self._fitted: weakref.WeakKeyDictionary[Adapter, dict[bool, Adapter | None]] = weakref.WeakKeyDictionary()
         self._place()
         self.switch.seal()
 
@@ -215,8 +215,9 @@ class Resident:
         known = self._fitted.setdefault(adapter, {})
         if partial not in known:
             family = self.checkpoint.family
-            known[partial] = fit(adapter, self.shapes, self.checkpoint.name, family.width, family.blocks, partial)
-        return known[partial]
+            fitted = fit(adapter, self.shapes, self.checkpoint.name, family.width, family.blocks, partial)
+            known[partial] = fitted if fitted is not adapter else None  # itself would keep its own key alive for ever
+        return known[partial] or adapter
 
     def effect(self, wanted: Sequence[tuple[Adapter, Entry]]) -> StackEffect:
         """How strong a stack is on this base, each adapter at the height of its schedule; see `effect`."""

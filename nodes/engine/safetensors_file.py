@@ -18,9 +18,10 @@ import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ _AXES_CAP = 8
 _CHUNK = 1 << 20  # bytes
 _WINDOW, _WINDOWS = 4 << 10, 64  # bytes, and how many of them a fingerprint looks through
 _HUGE = 4 << 20  # bytes; what is smaller is not worth pages of 2 MiB
+_READERS, _PART = 4, 8 << 20  # threads at most, and bytes that are worth one
+_HEADER_KEPT = 256 << 10  # bytes; longer ones are not remembered
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
@@ -50,9 +53,8 @@ _NAME = re.compile(r"[A-Za-z0-9_./-]{1,200}")  # twice the longest that a traine
 _BLANKS = bytes.maketrans(b"\t\n\r", b"   ")  # what JSON skips, as one
 
 _PICKLE = (  # the command names no file: a name made by a stranger has no place in a line to be pasted into a shell
-    "a pickle, which can run any program on this computer when it is opened, so it is not read. Convert it once, "
-    "where you trust it: python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('OLD.pt', "
-    "weights_only=True), 'NEW.safetensors')\""
+    "a pickle, which can run any program on this computer when it is opened, so it is not read. `python app.py loras "
+    "convert FILE` opens it as weights alone, in a process of its own, and writes a .safetensors file"
 )
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _MAGICS = (  # what a file that is no safetensors begins with, and what to say
@@ -82,6 +84,15 @@ class Content:
     nbytes: int  # that are held in memory
     _head: bytes
     _body: torch.Tensor  # uint8
+    _common: torch.dtype | None = None  # of all tensors of the file, where they have one
+
+    @cached_property
+    def peak(self) -> float | None:
+        """The largest size of an element, NaN where there is one, in one pass; None where dtypes differ."""
+        if self._common is None:
+            return None
+        low, high = map(float, torch.aminmax(self._body.view(self._common)))  # 20 times faster than isfinite().all()
+        return max(-low, high)
 
     @cached_property
     def sha256(self) -> str:
@@ -130,16 +141,36 @@ class Source:
                 body = _private(count)
             except (RuntimeError, OSError):
                 raise _refusal(self.path, f"no memory for its {count:,} bytes") from None
-            self._file.seek(len(self._head))
-            if self._file.readinto(body.numpy().data) != count:
+            if self._fill(body.numpy().data) != count:
                 raise self._changed("got shorter")
-            if self._file.read(1):
+            status = os.fstat(self._file.fileno())
+            if status.st_size != self.size:
                 raise self._changed("grew")
-            if os.fstat(self._file.fileno()).st_mtime_ns != self._modified:
+            if status.st_mtime_ns != self._modified:
                 raise self._changed("was written to")
             tensors = {name: _view(body, self.tensors[name]) for name in keep}
         copied = sum(t.nbytes for t in tensors.values() if t.untyped_storage().data_ptr() != body.data_ptr())
-        return Content(tensors, len(self._head) + count + copied, self._head, body)
+        dtypes = {spec.dtype for spec in self.tensors.values()}
+        common = FLOATS.get(dtypes.pop()) if len(dtypes) == 1 else None
+        return Content(tensors, len(self._head) + count + copied, self._head, body, common)
+
+    def _fill(self, view: memoryview) -> int:
+        """Read the data, as much as there is; a large one in several threads, for a core alone copies slower than
+        memory can. Windows has no reading at a place, and one thread does it."""
+        start, parts = len(self._head), min(_READERS, torch.get_num_threads())
+        if len(view) < _PART * 2 or parts < 2 or not hasattr(os, "preadv"):
+            self._file.seek(start)
+            return self._file.readinto(view)
+        descriptor, size = self._file.fileno(), -(-len(view) // parts)
+
+        def fill(part: int) -> int:
+            at, end = part * size, min((part + 1) * size, len(view))
+            while at < end and (count := os.preadv(descriptor, [view[at:end]], start + at)):
+                at += count
+            return at - part * size
+
+        with ThreadPoolExecutor(parts) as pool:
+            return sum(pool.map(fill, range(parts)))
 
     def numbers(self, names: Iterable[str]) -> dict[str, float]:
         """The values of tensors of one element each, and nothing else of the data.
@@ -257,7 +288,12 @@ def _readable(path: Path) -> Iterator[None]:
         raise _refusal(path, f"it cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _header(raw: bytes, body: int) -> tuple[dict[str, Spec], dict[str, str]]:
+def _header(raw: bytes, body: int) -> tuple[Mapping[str, Spec], Mapping[str, str]]:
+    """As `_parsed`. Remembered: the checkpoints of a run have one header, and so has a file that is read again."""
+    return (_remembered if len(raw) <= _HEADER_KEPT else _parsed)(raw, body)
+
+
+def _parsed(raw: bytes, body: int) -> tuple[dict[str, Spec], dict[str, str]]:
     """`body` is the number of bytes behind the header. Raises ValueError with a clause."""
     if not raw.startswith(b"{"):
         raise ValueError("its header does not begin with a brace")
@@ -287,6 +323,9 @@ def _header(raw: bytes, body: int) -> tuple[dict[str, Spec], dict[str, str]]:
     if position != body:
         raise ValueError(f"its header tells of {position:,} bytes of data, but {body:,} are there")
     return ordered, metadata
+
+
+_remembered = lru_cache(maxsize=16)(_parsed)
 
 
 def _spec(name: str, entry: Any) -> Spec:
@@ -381,6 +420,6 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
     with replacing(path) as part, open(part, "xb") as file:
         file.write(struct.pack("<Q", len(head)) + head)
         for _, tensor in sorted(tensors.items()):
-            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
