@@ -61,6 +61,7 @@ class _Layer:
     B: torch.Tensor | None = None
     s: torch.Tensor | None = None
     memory: tuple[torch.Tensor, torch.Tensor] | None = None  # flat; A and B are cut from it
+    borrowed: bool = False  # A and B are the adapter's own instead, to be read only
     rows: int = 0
     written: dict[int, tuple[int, Module]] = field(default_factory=dict)  # offset -> (rank of the slot, module)
 
@@ -131,11 +132,16 @@ class Arenas:
         self._written = True
         layer, wanted = self._layers[path], _contents(layout, path).get(path, {})
         rows = self._rows(layout) if wanted or self._fixed else 0
-        same_rows = layer.rows == rows
-        if not rows:
+        if layer.borrowed or not rows:
             layer.A = layer.B = layer.s = None
-            layer.rows, layer.written = 0, {}
+            layer.rows, layer.written, layer.borrowed = 0, {}, False
+        if not rows:
             return
+        lent = self._lent(layout, path)
+        if lent is not None:
+            layer.A, layer.B, layer.rows, layer.written, layer.borrowed = *lent, rows, wanted, True
+            return
+        same_rows = layer.rows == rows
         self._cut(layer, rows)
         A, B = layer.A, layer.B
         assert A is not None
@@ -165,20 +171,43 @@ class Arenas:
             B[:, start:end].zero_()
         layer.written = dict(wanted)
 
+    def _lent(self, layout: Layout, path: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The matrices of an adapter that is alone, as they lie in memory: then nothing is copied at all. A matter of
+        the set alone, as all is here. Not for compiled code, whose rows are many more."""
+        if self._fixed or len(layout.slots) != 1:
+            return None
+        factors = layout.slots[0].modules[path].factors()
+        assert factors is not None
+        up, down = factors
+        fits = down.shape[0] == layout.rows and isinstance(self._modules[path], torch.nn.Linear)
+        ready = all(
+            t.dtype == self._dtype and t.device == self._device and t.is_contiguous() and t.data_ptr() % 64 == 0
+            for t in factors
+        )
+        return (down, up) if fits and ready else None
+
     def finish(self, layout: Layout, strength: Callable[[int, str], float]) -> None:
         """Set the weights: `strength(number of the slot, layer path)`."""
         if self._written or layout is not self.layout:
             self._arrange(layout)
-        if self._order:
-            weights = [[strength(n, path) for n in range(len(layout.slots))] + [0.0] for path in self._order]
-            spread = torch.tensor(weights, dtype=torch.float32, device=self._device)
-            torch.mul(self._scales, spread.index_select(1, self._slot_of_row), out=self._table)
+        if not self._order:
+            return
+        weights = [[strength(n, path) for n in range(len(layout.slots))] + [0.0] for path in self._order]
+        if all(row == weights[0] for row in weights):
+            del weights[1:]
+        spread = torch.tensor(weights, dtype=torch.float32, device=self._device)
+        table = self._scales * spread.index_select(1, self._slot_of_row)  # (layers, rows), or one row for all of them
+        if self._table.shape == table.shape:
+            self._table.copy_(table)
+            return
+        self._table = table
+        for n, path in enumerate(self._order):
+            self._layers[path].s = table[n if len(table) > 1 else 0]
 
     def set_weights(self, weights: Sequence[float]) -> None:
         """One number per slot, the same in every layer: what a slider does, and all it costs."""
-        if self._order:
-            spread = torch.tensor([*weights, 0.0], dtype=torch.float32).to(self._device)
-            torch.mul(self._scales, spread.index_select(0, self._slot_of_row), out=self._table)
+        spread = torch.tensor([*weights, 0.0], device=self._device)
+        self._table.copy_(self._scales * spread.index_select(0, self._slot_of_row))
 
     def _rows(self, layout: Layout) -> int:
         return max(layout.rows, self._fixed)
@@ -200,8 +229,8 @@ class Arenas:
         layer.rows, layer.written = rows, {}
 
     def _arrange(self, layout: Layout) -> None:
-        """The tables of scales and weights, (layers, rows), and each layer's row of them."""
-        before, self.layout, self._written = self._order, layout, False
+        """The scales, (layers, rows), or (1, rows) where all layers have the same, as from most trainers they have."""
+        self.layout, self._written = layout, False
         for layer in self._layers.values():
             if not layer.rows:  # not before all is written: a swap that is undone must not run out of memory
                 layer.memory = None
@@ -215,12 +244,13 @@ class Arenas:
             strengths = torch.zeros(len(self._order))
             for path, module in slot.modules.items():
                 strengths[number[path]] = module.strength
+            if len({module.strength for module in slot.modules.values()}) == 1:
+                strengths.fill_(next(iter(slot.modules.values())).strength)  # times zeros where it has no module
             scales[:, slot.offset : slot.offset + slot.rank] = strengths[:, None]
+        if len(scales) > 1 and bool((scales == scales[0]).all()):
+            scales = scales[:1]
         self._scales, self._slot_of_row = scales.to(self._device), slot_of_row.to(self._device)
-        if self._table.shape != scales.shape or self._order != before:
-            self._table = torch.zeros_like(self._scales)
-        for path, row in zip(self._order, self._table, strict=True):
-            self._layers[path].s = row
+        self._table = torch.empty(0)  # layers are given their rows anew
 
 
 def _contents(layout: Layout, only: str | None = None) -> dict[str, dict[int, tuple[int, Module]]]:

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -33,8 +33,7 @@ Part = tuple["Module", float]  # one adapter's share in one parameter, and its w
 Wanted = Iterable[tuple["Adapter", "float | Strength"]]
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
+class Held(NamedTuple):
     """One adapter as the transformer holds it: how strongly (several where it stands in the stack twice), and how."""
 
     adapter: Adapter
@@ -44,6 +43,8 @@ class Held:
     @property
     def weight(self) -> float:
         """Without what blocks make of it."""
+        if len(self.strengths) == 1 and type(self.strengths[0]) is float:
+            return self.strengths[0]
         return math.fsum(s if isinstance(s, (int, float)) else s.weight for s in self.strengths)
 
     def of(self, path: str) -> float:
@@ -239,15 +240,14 @@ class Switch:
             self._arenas = Arenas(self._modules, dtype, device)
         self._fused: Mapping[str, tuple[Part, ...]] = {}
         self._sealed: dict[str, Checksum] = {}
-        self._whole = False  # every slot holds all of its adapter
-        self._direct: tuple[Adapter, ...] = ()  # the slots' adapters, when all of the stack is held at run time
+        self._sliders: dict[int, int] = {}  # id of an adapter -> its slot, when weights are all that may be new
         self.norms = Norms(pristine, self._targets)
         self.held: tuple[Held, ...] = ()  # what the transformer holds now
         self.spoiled = False
 
     @property
     def names(self) -> tuple[tuple[str, float], ...]:
-        return tuple((held.adapter.name, held.weight) for held in self.held)
+        return tuple([(held.adapter.name, held.weight) for held in self.held])
 
     def pristine(self, name: str) -> torch.Tensor:
         """A parameter as a fresh load would give it, on the CPU, to keep."""
@@ -292,10 +292,13 @@ class Switch:
             Whatever `check` raised. In every case the earlier stack is active again.
         """
         started = time.perf_counter()
-        wanted, before = tuple(wanted), self.names
-        if hold == "stacked" and self._only_weights(wanted):
+        wanted = tuple(wanted)
+        if hold == "stacked" and len(wanted) == len(self._sliders):
             check()
-            return self._reweigh(wanted, before, started)
+            swap = self._slide(wanted, started)
+            if swap is not None:
+                return swap
+        before = self.names
         target = plan(self._fused, wanted, self._targets, hold)
         layout = self._layout(target)
         # ComfyUI runs nodes in inference mode; weights written there could never be trained or patched outside it.
@@ -323,31 +326,25 @@ class Switch:
             finally:
                 self._pristine.release()
         self._fused, self.held = target.fused, target.held
-        self._direct = tuple(slot.adapter for slot in layout.slots) if not target.fused else ()
+        whole = all(len(slot.modules) == len(slot.adapter.modules) for slot in layout.slots)
+        sliders = {id(slot.adapter): n for n, slot in enumerate(layout.slots)}
+        self._sliders = sliders if whole and not target.fused else {}
         return Swap(before, self.names, len(target.changed) + len(rows), time.perf_counter() - started)
 
-    def _only_weights(self, wanted: Sequence[tuple[Adapter, float | Strength]]) -> bool:
-        """The same adapters as before, each once and whole, with other numbers: the case of a slider that moves."""
-        return (
-            len(wanted) == len(self._direct) == len(self.held) > 0
-            and all(type(strength) is float and strength != 0.0 for _, strength in wanted)
-            and {id(adapter) for adapter, _ in wanted} == {id(adapter) for adapter in self._direct}
-            and all(held.hold == "stacked" for held in self.held)
-            # with blocks or with a part fused there is more to do
-            and self._whole
-        )
-
-    def _reweigh(
-        self,
-        wanted: Sequence[tuple[Adapter, float | Strength]],
-        before: tuple[tuple[str, float], ...],
-        started: float,
-    ) -> Swap:
-        weights = {id(adapter): strength for adapter, strength in wanted}
-        ordered = [weights[id(adapter)] for adapter in self._direct]
-        with torch.inference_mode(False), torch.no_grad():
-            self._arenas.set_weights(ordered)  # type: ignore[arg-type]
-        self.held = tuple(Held(a, (w,), "stacked") for a, w in zip(self._direct, ordered, strict=True))
+    def _slide(self, wanted: Sequence[tuple[Adapter, float | Strength]], started: float) -> Swap | None:
+        """The same adapters as before, each once and whole, with other numbers, as when a slider moves: only a row of
+        weights is written. None when it is more than that."""
+        weights = [0.0] * len(wanted)
+        for adapter, strength in wanted:
+            slot = self._sliders.get(id(adapter))
+            if slot is None or type(strength) is not float or strength == 0.0 or weights[slot] != 0.0:
+                return None
+            weights[slot] = strength
+        if not weights:
+            return None
+        before, held = self.names, zip(self.held, weights, strict=True)
+        self._arenas.set_weights(weights)
+        self.held = tuple(Held(one.adapter, (weight,), "stacked") for one, weight in held)
         return Swap(before, self.names, 0, time.perf_counter() - started)
 
     def _layout(self, target: Plan) -> Layout:
@@ -364,7 +361,6 @@ class Switch:
         of = {id(one.adapter): one for one in held}
         slots = [of[id(slot.adapter)] for slot in layout.slots]
         self._arenas.finish(layout, lambda n, path: slots[n].of(path))
-        self._whole = all(len(slot.modules) == len(slot.adapter.modules) for slot in layout.slots)
 
     def _roll_back(self, fused: Iterable[str], rows: Iterable[str], layout: Layout, held: Sequence[Held]) -> None:
         try:
