@@ -40,3 +40,44 @@ def test_swaps_under_compile(tiny_host: LocalHost):
         )
     with bases.session(base) as session:
         assert session.resident.switch.differing() == ()
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("quantise", ["none", "int8"])
+def test_stacks_at_run_time_under_compile(tiny_host: LocalHost, quantise: str):
+    """Once room for the rank budget is there, neither adapters nor ranks, weights or schedules compile anything."""
+    from torch._dynamo.utils import counters
+
+    if quantise == "int8":
+        pytest.importorskip("torchao")
+    options = {"dtype": "bf16", "quantise": quantise}
+    plain_base = choose_base(tiny_host, "tiny-t2v", **options)
+    base = choose_base(tiny_host, "tiny-t2v", compile=True, rank_budget=160, **options)
+    with bases.session(choose_base(tiny_host, "tiny-t2v")) as session:
+        targets = tiny.attention(session.resident.shapes)
+    ranks = (4, 8, 16, 32, 64, 128)
+    for rank in ranks:
+        tiny.write_lora(tiny_host.lora_folders[0] / f"r{rank}.safetensors", targets, rank=rank, alpha=2, seed=rank)
+    shot = Shot("a red circle", steps=3, frames=9)
+
+    def stack(*entries: str) -> LoraStack:
+        return stack_loras(tiny_host, entries, LoraStack(hold="stacked"))
+
+    render(tiny_host, base, stack("r4"), shot)  # makes the room, and compiles
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for n in range(20):
+        one, other = ranks[n % 6], ranks[(n + 1 + n // 6) % 5]
+        entries = [f"r{one}:{0.5 + n / 10}"] + (
+            [f"r{other}:-0.3[steps=0@0 1@1]"] if n % 3 == 0 and one != other else []
+        )
+        compiled = render(tiny_host, base, stack(*entries), shot)
+        assert counters["stats"]["unique_graphs"] == graphs, entries
+        if n % 7 == 0:
+            eager = render(tiny_host, plain_base, stack(*entries), shot).frames
+            assert (compiled.frames - eager).abs().mean() < 0.02
+    assert not torch.equal(compiled.frames, render(tiny_host, base, stack(), shot).frames)
+    with bases.session(base) as session:
+        assert session.resident.switch.verify().ok
+    assert bases.loads == 3

@@ -51,6 +51,8 @@ def test_what_cannot_be_is_refused():
         choose_hold("both", **PLAIN)
     with pytest.raises(PlacementError, match="int8 weights are not moved in parts"):
         Base(quantise="int8", placement="group")
+    with pytest.raises(PlacementError, match=r"fp8 .* cannot look through.*Choose int8"):
+        Base(quantise="fp8", compile=True)
     with pytest.raises(UsageError, match="rank budget is 0"):
         Base(rank_budget=0)
 
