@@ -38,7 +38,6 @@ class Layout:
 
     slots: tuple[Slot, ...] = ()
     rows: int = 0
-    paths: frozenset[str] = frozenset()
 
     @staticmethod
     def of(adapters: Sequence[tuple[Adapter, Mapping[str, Module]]]) -> Layout:
@@ -47,8 +46,7 @@ class Layout:
             rank = max(module.factor_rank for module in modules.values())
             slots.append(Slot(adapter, modules, offset, rank))
             offset += rank
-        rows = -(-offset // STEP) * STEP
-        return Layout(tuple(slots), rows, frozenset(path for slot in slots for path in slot.modules))
+        return Layout(tuple(slots), -(-offset // STEP) * STEP)
 
 
 @dataclass(eq=False)
@@ -82,7 +80,7 @@ class _Layer:
 
 
 class Arenas:
-    """The run-time half of a transformer's stack. Not thread-safe; whoever calls `put` undoes it when it fails."""
+    """The run-time half of a transformer's stack. Not thread-safe; whoever calls `write` undoes it when it fails."""
 
     def __init__(self, layers: Mapping[str, Linears], dtype: torch.dtype, device: torch.device) -> None:
         self._modules = layers
@@ -122,9 +120,8 @@ class Arenas:
         return tuple(
             path
             for path in sorted(reached)
-            if (layer := self._layers[path]).rows != (rows if path in wanted or self._fixed else 0)
-            or layer.written.keys() != wanted.get(path, {}).keys()
-            or any(layer.written[at][1] is not module for at, (_, module) in wanted.get(path, {}).items())
+            if self._layers[path].rows != (rows if path in wanted or self._fixed else 0)
+            or self._layers[path].written != wanted.get(path, {})
         )
 
     def write(self, path: str, layout: Layout) -> None:
@@ -157,9 +154,7 @@ class Arenas:
             free[at : at + rank] = [False] * rank
             if at in kept:
                 continue
-            factors = module.factors()
-            assert factors is not None
-            up, down = factors
+            up, down = _factors(module)
             width = down.shape[0]
             A[at : at + width].copy_(down)
             B[:, at : at + width].copy_(up)
@@ -174,17 +169,17 @@ class Arenas:
     def _lent(self, layout: Layout, path: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The matrices of an adapter that is alone, as they lie in memory: then nothing is copied at all. A matter of
         the set alone, as all is here. Not for compiled code, whose rows are many more."""
-        if self._fixed or len(layout.slots) != 1:
+        if self._fixed or len(layout.slots) != 1 or not isinstance(self._modules[path], torch.nn.Linear):
             return None
-        factors = layout.slots[0].modules[path].factors()
-        assert factors is not None
-        up, down = factors
-        fits = down.shape[0] == layout.rows and isinstance(self._modules[path], torch.nn.Linear)
+        module = layout.slots[0].modules[path]
+        if module.kind != "lora" or module.factor_rank != layout.rows:
+            return None
+        up, down = _factors(module)
         ready = all(
             t.dtype == self._dtype and t.device == self._device and t.is_contiguous() and t.data_ptr() % 64 == 0
-            for t in factors
+            for t in (up, down)
         )
-        return (down, up) if fits and ready else None
+        return (down, up) if ready else None
 
     def finish(self, layout: Layout, strength: Callable[[int, str], float]) -> None:
         """Set the weights: `strength(number of the slot, layer path)`."""
@@ -251,6 +246,12 @@ class Arenas:
             scales = scales[:1]
         self._scales, self._slot_of_row = scales.to(self._device), slot_of_row.to(self._device)
         self._table = torch.empty(0)  # layers are given their rows anew
+
+
+def _factors(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+    factors = module.factors()
+    assert factors is not None
+    return factors
 
 
 def _contents(layout: Layout, only: str | None = None) -> dict[str, dict[int, tuple[int, Module]]]:

@@ -66,8 +66,8 @@ class Base:
                 raise UsageError(f"{what} {value!r} is none of {', '.join(legal)}.")
         if self.quantise == "fp8" and self.compile:
             raise PlacementError(
-                "fp8 weights are cast by hooks around every layer, which torch.compile cannot look through. Choose int8 "
-                "to compile, or fp8 without compiling."
+                "fp8 weights are cast by hooks around every layer, which torch.compile cannot look through. Choose "
+                "int8 to compile, or fp8 without compiling."
             )
         if not 0 < self.rank_budget <= 4096:
             raise UsageError(f"the rank budget is {self.rank_budget}; it lies above 0 and up to 4096.")
