@@ -167,7 +167,11 @@ def odd_kinds(shapes: dict[str, tuple[int, ...]]) -> list[Module]:
     return [
         LoHa(f"{block}.attn1.to_q", noise(q[0], 2), noise(2, q[1]), noise(q[0], 2), noise(2, q[1]), 1.5, q),
         LoKr(f"{block}.attn1.to_k", (noise(8, 8),), (noise(k[0] // 8, 2), noise(2, k[1] // 8)), 0.5, k, 2),
-        DoRA(f"{block}.attn1.to_v", LoRA(f"{block}.attn1.to_v", noise(3, v[1]), noise(v[0], 3), 1.0), noise(v[0]).abs() + 1),
+        DoRA(
+            f"{block}.attn1.to_v",
+            LoRA(f"{block}.attn1.to_v", noise(3, v[1]), noise(v[0], 3), 1.0),
+            noise(v[0]).abs() + 1,
+        ),
         Full(f"{block}.attn1.norm_q", noise(*shapes[f"{block}.attn1.norm_q.weight"])),
         Full(f"{block}.ff.net.2", noise(*shapes[f"{block}.ff.net.2.bias"]), 1.0, "bias"),
         LoRA("patch_embed.proj", noise(4, *conv[1:]), noise(conv[0], 4, 1, 1), 0.7),

@@ -1,4 +1,4 @@
-"""Thousands of random stack operations with failures injected at every step of a swap: nothing may drift, nothing leak."""
+"""Thousands of random stack operations, failures injected at every step of a swap: nothing may drift, nothing leak."""
 
 from __future__ import annotations
 
