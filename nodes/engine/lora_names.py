@@ -47,6 +47,8 @@ REFUSED: tuple[tuple[str, str, str], ...] = (  # suffix, what it is, what to do
     (r"scalar", "LyCORIS with a factor that was not folded in", "save it with LyCORIS's own writer"),
     (r"lora_E|lora_[AB]", "AdaLoRA", "train it as plain LoRA"),
     (r"vera_lambda_[bd]", "VeRA", "train it as plain LoRA"),
+    # Whole biases, not differences: only the base they were trained on could say what is added to it.
+    (r"base_layer\.(?:bias|weight)", "LoRA with trained biases of the base", "train it with bias='none'"),
 )
 
 _SUFFIX = re.compile(

@@ -150,6 +150,7 @@ def saved(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
         ("scalar", "factor"),
         ("lora_E.default", "AdaLoRA"),
         ("vera_lambda_d", "VeRA"),
+        ("base_layer.bias", "trained biases"),
     ],
 )
 @pytest.mark.parametrize("alone", [True, False])
