@@ -101,12 +101,13 @@ class AdapterCache:
                 future, _ = self._reading.setdefault(key, (Future(), stamp[0]))
                 if mine:
                     self._make_room()  # before it is read, so that memory never goes beyond
-            if mine:
-                return self._read(path, key, future, ahead)
             try:
-                return future.result()
+                return self._read(path, key, future, ahead) if mine else future.result()
             except CancelledError:  # the thread that was reading it was stopped
-                continue
+                if mine:
+                    raise
+            finally:
+                del future  # an error holds this frame, and the future the error: a file refused would stay in memory
 
     def _read(self, path: Path, key: _Key, future: Future[Adapter], ahead: bool) -> Adapter:
         try:
@@ -118,6 +119,7 @@ class AdapterCache:
                 future.set_exception(error)
             else:
                 future.cancel()  # a stop is this thread's alone
+            del future
             raise
         with self._lock:
             del self._reading[key]

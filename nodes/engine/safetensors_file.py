@@ -39,6 +39,7 @@ _AXES_CAP = 8
 _CHUNK = 1 << 20  # bytes
 _WINDOW, _WINDOWS = 4 << 10, 64  # bytes, and how many of them a fingerprint looks through
 _HUGE = 4 << 20  # bytes; what is smaller is not worth pages of 2 MiB
+_LARGE = 256 << 20  # bytes; for less it is not asked whether there is room
 _READERS, _PART = 4, 8 << 20  # threads at most, and bytes that are worth one
 _HEADER_KEPT = 256 << 10  # bytes; longer ones are not remembered
 
@@ -137,6 +138,11 @@ class Source:
         count = self.size - len(self._head)
         # ComfyUI calls from inference mode; tensors made there could not be used in training.
         with _readable(self.path), torch.inference_mode(False):
+            if count > _LARGE:  # a system that promises more than it has would end the process, not the read
+                import psutil
+
+                if count > (free := psutil.virtual_memory().available):
+                    raise _refusal(self.path, f"no memory for its {count:,} bytes, {free:,} are free")
             try:
                 body = _private(count)
             except (RuntimeError, OSError):

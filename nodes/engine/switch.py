@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 HOLDS = ("auto", "fused", "stacked")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+# Beyond these a product with ordinary activations may leave the dtype; fp16 ends there, the others long after.
+_LIMITS = {torch.float16: 65504.0}
+
 Part = tuple["Module", float]  # one adapter's share in one parameter, and its weight
 Wanted = Iterable[tuple["Adapter", "float | Strength"]]
 
@@ -240,6 +243,8 @@ class Switch:
             self._arenas = Arenas(self._modules, dtype, device)
         self._fused: Mapping[str, tuple[Part, ...]] = {}
         self._sealed: dict[str, Checksum] = {}
+        self._limit = _LIMITS.get(dtype, 1e30)
+        self._peaks: list[float] = []  # of each slot: no element of a difference is larger at weight 1
         self._sliders: dict[int, int] = {}  # id of an adapter -> its slot, when weights are all that may be new
         self.norms = Norms(pristine, self._targets)
         self.held: tuple[Held, ...] = ()  # what the transformer holds now
@@ -301,6 +306,7 @@ class Switch:
         before = self.names
         target = plan(self._fused, wanted, self._targets, hold)
         layout = self._layout(target)
+        self._check_range(target)
         # ComfyUI runs nodes in inference mode; weights written there could never be trained or patched outside it.
         with torch.inference_mode(False), torch.no_grad():
             rows = self._arenas.paths_to_write(layout)
@@ -314,7 +320,7 @@ class Switch:
                 for name in target.changed:
                     check()
                     fused_done.append(name)
-                    self._write(name, target.fused.get(name, ()))
+                    self._write(name, target.fused.get(name, ()), [held.adapter.name for held in target.held])
                 for path in rows:
                     check()
                     rows_done.append(path)
@@ -329,7 +335,22 @@ class Switch:
         whole = all(len(slot.modules) == len(slot.adapter.modules) for slot in layout.slots)
         sliders = {id(slot.adapter): n for n, slot in enumerate(layout.slots)}
         self._sliders = sliders if whole and not target.fused else {}
+        self._peaks = [max(module.bound for module in slot.modules.values()) for slot in layout.slots]
         return Swap(before, self.names, len(target.changed) + len(rows), time.perf_counter() - started)
+
+    def _check_range(self, target: Plan) -> None:
+        """What is held at run time is never summed up, so numbers that the dtype cannot hold have to be seen before."""
+        for held, modules in target.stacked:
+            for path, module in modules.items():
+                if abs(held.of(path)) * module.bound < self._limit:
+                    continue  # by a bound that the read left, which may be far too large
+                up, down = module.factors() or (torch.zeros(1), torch.zeros(1, 1))
+                size = float(up.abs().amax()) * float(down.abs().amax()) * down.shape[0]
+                if not abs(held.of(path) * module.strength) * size < self._limit:
+                    raise StackError(
+                        f"{held.adapter.name}: at weight {held.weight:g} its difference for {path} may have numbers "
+                        f"that {_name(self._dtype)} cannot hold. Lower the weight; the earlier stack is active."
+                    )
 
     def _slide(self, wanted: Sequence[tuple[Adapter, float | Strength]], started: float) -> Swap | None:
         """The same adapters as before, each once and whole, with other numbers, as when a slider moves: only a row of
@@ -339,6 +360,8 @@ class Switch:
             slot = self._sliders.get(id(adapter))
             if slot is None or type(strength) is not float or strength == 0.0 or weights[slot] != 0.0:
                 return None
+            if abs(strength) * self._peaks[slot] >= self._limit:
+                return None  # the longer way says what is wrong, or that nothing is
             weights[slot] = strength
         if not weights:
             return None
@@ -373,7 +396,7 @@ class Switch:
             self.spoiled = True  # the owner drops this base and loads it again
             raise
 
-    def _write(self, name: str, parts: tuple[Part, ...]) -> None:
+    def _write(self, name: str, parts: tuple[Part, ...], owners: Sequence[str] = ()) -> None:
         weight = _storage(*self._owners[name])
         self._pristine.into(name, weight)
         if not parts:
@@ -385,8 +408,9 @@ class Switch:
             low, high = torch.aminmax(weight)
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise StackError(
-                    f"{name}: base and adapters add up to numbers that {weight.dtype} cannot hold (weights "
-                    f"{', '.join(f'{w:g}' for _, w in parts)}). Lower the weights; the earlier stack is active."
+                    f"{', '.join(owners)}: base and adapters add up to numbers that {_name(weight.dtype)} cannot hold "
+                    f"in {name} (weights {', '.join(f'{w:g}' for _, w in parts)}). Lower the weights; the earlier "
+                    "stack is active."
                 )
 
     def seal(self) -> None:
@@ -475,6 +499,10 @@ def _concatenated(
         ups[:, rows].copy_(up.to(device) * scale)
         at += down.shape[0]
     return ups, downs, 1.0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

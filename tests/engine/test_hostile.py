@@ -122,8 +122,6 @@ def holding(tiny_host: LocalHost) -> Holding:
 def flaws(text: str, bad: Bad, path: Path) -> list[str]:
     """What is wrong with a message, for a person at a terminal or a browser."""
     names = (path.name, adapter_name(path), *(name.replace("@", path.name) for name in bad.beside))
-    if bad.found == SUM:  # several adapters', so it tells the layer and the weights
-        names = (f"{hostile.Q}.weight",)
     checks = {
         "does not name the file": any(name in text for name in names),
         "is not one paragraph of printable text": text.isprintable() and text == text.strip(),

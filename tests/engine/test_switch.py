@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nodes.engine.checkpoints import open_checkpoint, part_files
-from nodes.engine.errors import AdapterMismatch, ModelError, StackError
+from nodes.engine.errors import AdapterMismatch, AdapterUnreadable, ModelError, StackError
 from nodes.engine.lora_file import read
 from nodes.engine.lora_kinds import DoRA, Full, LoHa, LoKr, LoRA, Module
 from nodes.engine.lora_stack import Blocks, Strength
@@ -439,3 +439,48 @@ def test_run_time_memory_is_given_back_when_nothing_is_stacked(checkpoints: Path
     assert switch.arena_bytes > 0
     switch.apply([(adapters[0], 1.0)], hold="fused")
     assert switch.arena_bytes == 0
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_numbers_beyond_the_dtype_are_refused_in_both_holds(checkpoints: Path, adapters, hold: str):
+    """At run time nothing is summed up that could be looked at, so it is seen from the factors."""
+    for dtype, size in ((torch.bfloat16, 1e19), (torch.float16, 2e3)):
+        transformer, switch = fresh(checkpoints, dtype)
+        switch.seal()
+        switch.apply([(adapters[0], 0.5)], hold=hold)
+        earlier = seen(transformer)
+        path = "transformer_blocks.1.attn1.to_k"
+        huge = made_of(adapters[0], [LoRA(path, torch.full((4, 64), size), torch.full((64, 4), size), 1.0)], "huge")
+        with pytest.raises(StackError, match=r"huge.*(bfloat16|float16) cannot hold.*Lower the weight"):
+            switch.apply([(adapters[1], 1.0), (huge, 1.0)], hold=hold)
+        assert torch.equal(seen(transformer), earlier)
+        assert switch.verify().ok
+        # A weight that makes it small is fine, and the slider cannot get round the check.
+        switch.apply([(huge, 1e-30 if dtype == torch.bfloat16 else 1e-4)], hold=hold)
+        with pytest.raises(StackError, match="cannot hold"):
+            switch.apply([(huge, 100.0)], hold=hold)
+        assert switch.verify().ok
+
+
+def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path):
+    import json
+    import struct
+
+    size = 1 << 42  # a hole: it takes no disk
+    shape = [1, size // 2]
+    entries = {
+        "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": {
+            "dtype": "BF16", "shape": shape, "data_offsets": [0, size]},
+        "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight": {
+            "dtype": "BF16", "shape": [64, 1], "data_offsets": [size, size + 128]},
+    }  # fmt: skip
+    head = json.dumps(entries).encode()
+    path = tmp_path / "vast.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        try:
+            file.truncate(8 + len(head) + size + 128)
+        except OSError:
+            pytest.skip("this file system has no holes of that size")
+    with pytest.raises(AdapterUnreadable, match=r"no memory for its 4,398,046,511,232 bytes, [\d,]+ are free"):
+        read(path)
