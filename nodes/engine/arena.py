@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ class Arenas:
         self.layout = Layout()
         self._written = False  # since the tables below were arranged
         self._order: tuple[str, ...] = ()  # their rows
-        self._scales = self._table = self._slot_of_row = torch.empty(0)
+        self._scales: np.ndarray = np.empty((0, 0), np.float32)
+        self._slot_of_row: np.ndarray = np.empty(0, np.int64)
+        self._table = torch.empty(0)
 
     @property
     def nbytes(self) -> int:
@@ -190,19 +193,20 @@ class Arenas:
         weights = [[strength(n, path) for n in range(len(layout.slots))] + [0.0] for path in self._order]
         if all(row == weights[0] for row in weights):
             del weights[1:]
-        spread = torch.tensor(weights, dtype=torch.float32, device=self._device)
-        table = self._scales * spread.index_select(1, self._slot_of_row)  # (layers, rows), or one row for all of them
+        spread = np.array(weights, np.float32)[:, self._slot_of_row]
+        table = torch.from_numpy(self._scales * spread)  # (layers, rows), or one row for all of them
         if self._table.shape == table.shape:
             self._table.copy_(table)
             return
-        self._table = table
+        self._table = table = table.to(self._device)
         for n, path in enumerate(self._order):
             self._layers[path].s = table[n if len(table) > 1 else 0]
 
     def set_weights(self, weights: Sequence[float]) -> None:
-        """One number per slot, the same in every layer: what a slider does, and all it costs."""
-        spread = torch.tensor([*weights, 0.0], device=self._device)
-        self._table.copy_(self._scales * spread.index_select(0, self._slot_of_row))
+        """One number per slot, the same in every layer: what a slider does, and all it costs. On the processor, for a
+        GPU takes longer to begin each of these operations than they last; one copy is left for it."""
+        spread = np.array([*weights, 0.0], np.float32)[self._slot_of_row]
+        self._table.copy_(torch.from_numpy(self._scales * spread))
 
     def _rows(self, layout: Layout) -> int:
         return max(layout.rows, self._fixed)
@@ -232,19 +236,19 @@ class Arenas:
         self._order = tuple(sorted(path for path, layer in self._layers.items() if layer.rows))
         rows = self._rows(layout)
         number = {path: n for n, path in enumerate(self._order)}
-        scales = torch.zeros(len(self._order), rows)
-        slot_of_row = torch.full((rows,), len(layout.slots))
+        scales = np.zeros((len(self._order), rows), np.float32)
+        slot_of_row = np.full(rows, len(layout.slots))
         for n, slot in enumerate(layout.slots):
             slot_of_row[slot.offset : slot.offset + slot.rank] = n
-            strengths = torch.zeros(len(self._order))
+            strengths = np.zeros(len(self._order), np.float32)
             for path, module in slot.modules.items():
                 strengths[number[path]] = module.strength
             if len({module.strength for module in slot.modules.values()}) == 1:
-                strengths.fill_(next(iter(slot.modules.values())).strength)  # times zeros where it has no module
+                strengths.fill(next(iter(slot.modules.values())).strength)  # times zeros where it has no module
             scales[:, slot.offset : slot.offset + slot.rank] = strengths[:, None]
         if len(scales) > 1 and bool((scales == scales[0]).all()):
             scales = scales[:1]
-        self._scales, self._slot_of_row = scales.to(self._device), slot_of_row.to(self._device)
+        self._scales, self._slot_of_row = scales, slot_of_row
         self._table = torch.empty(0)  # layers are given their rows anew
 
 
