@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -247,6 +248,7 @@ class Switch:
         self._peaks: list[float] = []  # of each slot: no element of a difference is larger at weight 1
         self._sliders: dict[int, int] = {}  # id of an adapter -> its slot, when weights are all that may be new
         self.norms = Norms(pristine, self._targets)
+        self.read_ahead = 1 << 20  # bytes; weights from this size on are worth a thread that reads the next one
         self.held: tuple[Held, ...] = ()  # what the transformer holds now
         self._names: tuple[tuple[str, float], ...] = ()
         self.spoiled = False
@@ -319,10 +321,7 @@ class Switch:
                 if target.changed:
                     self._pristine.check()
                     _settle(self._transformer)
-                for name in target.changed:
-                    check()
-                    fused_done.append(name)
-                    self._write(name, target.fused.get(name, ()), [held.adapter.name for held in target.held])
+                self._write_all(target, check, fused_done)
                 for path in rows:
                     check()
                     rows_done.append(path)
@@ -400,9 +399,38 @@ class Switch:
             self.spoiled = True  # the owner drops this base and loads it again
             raise
 
+    def _write_all(self, target: Plan, check: Callable[[], None], done: list[str]) -> None:
+        """Write what changed. Each name is in `done` before anything of it is touched."""
+        names, owners = target.changed, [held.adapter.name for held in target.held]
+        weights = [_storage(*self._owners[name]) for name in names]
+        parts = [target.fused.get(name, ()) for name in names]
+
+        def begin(n: int) -> Future[None]:
+            check()
+            done.append(names[n])
+            return reader.submit(self._pristine.into, names[n], weights[n])
+
+        if not any(weight.device.type == "cpu" and weight.nbytes >= self.read_ahead for weight in weights):
+            for name, share in zip(names, parts, strict=True):
+                check()
+                done.append(name)
+                self._write(name, share, owners)
+            return
+        # The file is read into the next weight while the product for this one is made: one thread copies, one computes.
+        with ThreadPoolExecutor(1) as reader:  # which ends, also after an error, before anything is undone
+            coming = begin(0)
+            for n, name in enumerate(names):
+                coming.result()
+                if n + 1 < len(names):
+                    coming = begin(n + 1)
+                self._sum(name, weights[n], parts[n], owners)
+
     def _write(self, name: str, parts: tuple[Part, ...], owners: Sequence[str] = ()) -> None:
         weight = _storage(*self._owners[name])
         self._pristine.into(name, weight)
+        self._sum(name, weight, parts, owners)
+
+    def _sum(self, name: str, weight: torch.Tensor, parts: tuple[Part, ...], owners: Sequence[str]) -> None:
         if not parts:
             return
         _add(weight, parts)
