@@ -165,6 +165,8 @@ class AdapterCache:
                 self._get(path, ahead=True)
             except (CogLoomError, MemoryError):
                 continue
+            except RuntimeError:  # no more threads can be begun: the program is ending
+                return
 
 
 def _leave(cache: weakref.ref[AdapterCache]) -> None:
