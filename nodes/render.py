@@ -124,7 +124,7 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = 
             preview.keep(preview.fit(latents[0], frames), vae_hash, host.cache_folder)
         seconds = time.perf_counter() - started
         resident = session.resident
-        holds = dict(session.holds)
+        chosen, held = dict(session.holds), {held.adapter.name: held.hold for held in resident.switch.held}
         record = {
             "made_with": {
                 "cogloom": VERSION,
@@ -152,8 +152,8 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = 
                     "sha256": adapter.sha256,
                     "scale": adapter.scale_reason,
                     "tensors": f"{adapter.tensors_used}/{adapter.tensors_total}",
-                    "hold": holds[adapter.name].hold,
-                    "hold_reason": holds[adapter.name].reason,
+                    "hold": held.get(adapter.name, chosen[adapter.name].hold),  # as it was, where it still is held
+                    "hold_reason": chosen[adapter.name].reason,
                     "effect": float(f"{one.overall:.3g}"),
                 }
                 for (adapter, entry), one in zip(session.stack, session.effect.each, strict=True)
