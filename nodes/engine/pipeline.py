@@ -343,21 +343,20 @@ class Bases:
                 for (adapter, entry), one in zip(wanted, effect.each, strict=True)
             }  # fmt: skip
 
-            if base.compile and any(choice.hold == "stacked" for choice in chosen.values()):
-                resident.switch.reserve(base.rank_budget)
-                total = sum(max(m.factor_rank for m in adapter.modules) for adapter, _ in wanted)
-                if total > base.rank_budget:
-                    note(
-                        f"the stack's ranks add up to {total}, more than the rank budget of {base.rank_budget}, so its "
-                        "first step compiles anew; a larger budget avoids that and costs a little in every step"
-                    )
-
             def stacked_at(position: float) -> Swap:
                 now = [(adapter, _plain(entry.strength(position))) for adapter, entry in wanted]
                 return resident.switch.apply(now, check, lambda adapter, _: chosen[id(adapter)].hold)
 
             changes = LoraStack(tuple(entry for _, entry in wanted)).changes
             try:
+                if base.compile and any(choice.hold == "stacked" for choice in chosen.values()):
+                    resident.switch.reserve(base.rank_budget)
+                    total = sum(max(m.factor_rank for m in adapter.modules) for adapter, _ in wanted)
+                    if total > base.rank_budget:
+                        note(
+                            f"the stack's ranks add up to {total}, more than the rank budget of {base.rank_budget}, so "
+                            "its first step compiles anew; a larger budget avoids that and costs a little in every step"
+                        )
                 yield Session(
                     resident,
                     stacked_at(0.0),

@@ -377,9 +377,10 @@ class Switch:
         """The present one when the same modules lie in it, so that nothing is written again."""
         now = self._arenas.layout
         same = len(now.slots) == len(target.stacked) and all(
-            slot.modules.keys() == modules.keys()
+            slot.adapter is held.adapter
+            and slot.modules.keys() == modules.keys()
             and all(slot.modules[path] is module for path, module in modules.items())
-            for slot, (_, modules) in zip(now.slots, target.stacked, strict=True)
+            for slot, (held, modules) in zip(now.slots, target.stacked, strict=True)
         )
         return now if same else Layout.of([(held.adapter, modules) for held, modules in target.stacked])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from nodes.engine.hold import choose_hold
 from nodes.engine.lora_stack import LoraStack
 from nodes.engine.pipeline import Base, bases
 from nodes.host import LocalHost
-from nodes.lora import stack_loras
+from nodes.lora import read_stack, stack_loras
 from nodes.model import choose_base
 from nodes.render import Shot, entries_from, render
 from tests import tiny
@@ -152,3 +153,26 @@ def test_quantised_bases_hold_adapters_at_run_time(adapters: LocalHost, quantise
     assert torch.equal(render(adapters, base, LoraStack(), SHOT).frames, off.frames)
     with pytest.raises(StackError, match="nothing can be fused"):
         render(adapters, base, stack_loras(adapters, ["one"], LoraStack(hold="fused")), SHOT)
+
+
+def test_a_base_whose_room_could_not_be_made_is_dropped(adapters: LocalHost, monkeypatch: pytest.MonkeyPatch):
+    """The memory runs out while the run-time hold's matrices are cut anew: nobody may render with what is left."""
+    from nodes.engine.arena import Arenas
+
+    base = choose_base(adapters, "tiny-t2v", compile=True)
+    wanted = read_stack(stack_loras(adapters, ["one:0.5"]))
+    cut, calls = Arenas._cut, itertools.count()
+
+    def out_of_memory(self: Any, layer: Any, rows: int) -> None:
+        if next(calls) == 3:
+            raise MemoryError("no room")
+        cut(self, layer, rows)
+
+    monkeypatch.setattr(Arenas, "_cut", out_of_memory)
+    before = bases.resident()  # the plain base of the fixture
+    with pytest.raises(MemoryError), bases.session(base, wanted, hold="stacked"):
+        pass
+    assert bases.resident() == before
+    with bases.session(base, wanted, hold="stacked") as session:  # loaded anew, and whole
+        assert session.loaded
+        assert session.resident.switch.verify().ok

@@ -489,3 +489,15 @@ def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path):
             pytest.skip("this file system has no holes of that size")
     with pytest.raises(AdapterUnreadable, match=r"no memory for its 4,398,046,511,232 bytes, [\d,]+ are free"):
         read(path)
+
+
+def test_modules_shared_by_two_adapters_do_not_confuse_them(checkpoints: Path, adapters):
+    """A copy with the same modules, as a partial fit makes it, is another adapter with another weight."""
+    transformer, switch = fresh(checkpoints)
+    switch.apply([(adapters[0], 0.5)], hold="stacked")
+    copy = dataclasses.replace(adapters[0])
+    switch.apply([(copy, 2.0)], hold="stacked")
+    got = seen(transformer)
+    switch.apply([])
+    switch.apply([(adapters[0], 2.0)], hold="stacked")
+    assert torch.equal(got, seen(transformer))
