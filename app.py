@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", type=Path, metavar="FILE", help="write what was done as data, too")
 
     render = command("render", _render, "render one clip")
-    render.add_argument("prompt", help="what to show")
+    render.add_argument("prompt", nargs="?", help="what to show; with --like the record's, if not said")
     render.add_argument("-o", "--output", type=Path, metavar="FILE",
                         help=".mp4, .webm, .gif, or .mkv (lossless); default: output/<prompt>-001.mp4")  # fmt: skip
     render.add_argument("--lora", action="append", default=[], metavar="NAME[:WEIGHT][OPTIONS]",
@@ -194,6 +194,8 @@ def _base_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     group.add_argument("--placement", choices=("auto", "resident", "model", "group", "sequential"), default="auto",
                        help="what stays on the GPU; auto chooses by the memory that is free, and says why")  # fmt: skip
+    group.add_argument("--attention", choices=("auto", "flash", "efficient", "cudnn", "math"), default="auto",
+                       help="which of PyTorch's attention kernels")  # fmt: skip
     group.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, slower")
     group.add_argument("--vae-slicing", action="store_true", help="decode clips of a batch one by one")
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's block")
@@ -251,9 +253,14 @@ def _render(host: LocalHost, args: argparse.Namespace) -> int:
     shot, loras, name = Shot(prompt=args.prompt), list(args.lora), args.base
     if args.like:
         record = read(args.like)
-        shot = replace(shot_from(record), prompt=args.prompt)
+        shot = shot_from(record) if args.prompt is None else replace(shot_from(record), prompt=args.prompt)
+        if args.prompt is None and "prompt_encoding" in record:
+            raise UsageError(f"{args.like}: its prompt was encoded elsewhere and is not in the record; say a prompt.")
         loras = loras or entries_from(record)
         name = name or record["base"]["name"]
+        _as_recorded(args, record)
+    elif args.prompt is None:
+        raise UsageError("Say what to show: python app.py render PROMPT (or --like CLIP for a clip's own settings).")
     fields = ("negative", "seed", "steps", "guidance", "dynamic_guidance", "scheduler", "frames", "strength")
     given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
     if args.size:
@@ -493,8 +500,18 @@ def _train(host: LocalHost, args: argparse.Namespace) -> int:
     return 0
 
 
+def _as_recorded(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """How the base and the stack were held decides bits as well: the record's, where nothing else was said."""
+    for name, unsaid in (("dtype", "auto"), ("quantise", "none"), ("attention", "auto"), ("vae_tiling", False),
+                         ("vae_slicing", False)):  # fmt: skip
+        if getattr(args, name) == unsaid:
+            setattr(args, name, record["base"].get(name, unsaid))
+    args.hold = args.hold or record.get("hold")
+
+
 def _base(args: argparse.Namespace, name: str | None) -> dict[str, Any]:
-    names = ("dtype", "device", "placement", "vae_tiling", "vae_slicing", "compile", "quantise", "rank_budget")
+    names = ("dtype", "device", "placement", "vae_tiling", "vae_slicing", "compile", "quantise", "rank_budget",
+             "attention")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     return options if name is None else options | {"name": name}
 

@@ -22,6 +22,7 @@ def choose_base(
     compile: bool = False,
     quantise: str = "none",
     rank_budget: int = 128,
+    attention: str = "auto",
 ) -> Base:
     """Name a base and how to hold it. Checks that it is there and a CogVideoX; loads nothing.
 
@@ -31,7 +32,7 @@ def choose_base(
     checkpoint = find_checkpoint(name, host.model_folders)
     return Base(
         checkpoint.name, str(checkpoint.folder), dtype, device, placement, vae_slicing, vae_tiling, compile, quantise,
-        rank_budget,
+        rank_budget, attention,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 
 from .engine import VERSION, preview, video
 from .engine.checkpoints import Checkpoint, fingerprint
-from .engine.denoise import Settings, decode, denoise, task_of
-from .engine.errors import UsageError
+from .engine.denoise import Settings, denoise, latents_of, samples_of, task_of
+from .engine.denoise import decode as decode_samples
+from .engine.errors import GeometryError, UsageError
 from .engine.lora_stack import Asked, LoraStack
 from .engine.pipeline import Base, Swap, bases
 from .host import Host, contained
@@ -52,7 +54,7 @@ class Shot:
     video: torch.Tensor | None = field(default=None, compare=False)
 
 
-def settings_for(base: Base, shot: Shot) -> Settings:
+def settings_for(base: Base, shot: Shot, start: torch.Tensor | None = None) -> Settings:
     """The base's defaults filled in and everything checked that can be checked before anything is loaded.
 
     Raises:
@@ -64,6 +66,14 @@ def settings_for(base: Base, shot: Shot) -> Settings:
     if shot.frames is None and shot.video is not None:  # as much of the video as a legal length holds
         step = family.frame_step
         frames = min(frames, max(1, (len(shot.video) - 1) // step) * step + 1)
+    if start is not None:  # what they were made for
+        if start.ndim != 5 or len(start) != 1 or start.shape[1] != checkpoint.latent_channels:
+            raise GeometryError(
+                f"The latents are {tuple(start.shape)}; {checkpoint.name} changes one clip at a time, "
+                f"(1, {checkpoint.latent_channels}, frames, height, width)."
+            )
+        frames = (start.shape[2] - 1) * checkpoint.temporal + 1
+        height, width = (n * checkpoint.spatial for n in start.shape[3:])
     settings = Settings(
         prompt=shot.prompt,
         negative=shot.negative,
@@ -77,7 +87,9 @@ def settings_for(base: Base, shot: Shot) -> Settings:
         height=height if shot.height is None else shot.height,
         strength=shot.strength,
     )
-    task_of(checkpoint, shot.image, shot.video)
+    if start is not None and shot.video is not None:
+        raise UsageError("Give a video or latents to change, not both.")
+    task_of(checkpoint, shot.image, shot.video if start is None else start)
     checkpoint.check_geometry(settings.frames, settings.width, settings.height)
     return settings
 
@@ -90,40 +102,84 @@ def tokens_of(checkpoint: Checkpoint, settings: Settings) -> int:
     return (checkpoint.text_length + patches) * (2 if settings.guidance > 1 else 1)
 
 
-def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = False) -> Clip:
-    """Load the base if it is not resident, make it hold the stack, denoise, decode. With `verify`, prove afterwards
-    that the transformer is what base and stack make of it; the record says so.
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """Latents (1, C, F', h, w) as the autoencoder has them, float32 on the CPU, and how they were made."""
+
+    samples: torch.Tensor
+    fps: float
+    record: dict[str, Any]
+    swap: Swap
+    seconds: float  # of denoising
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A prompt that is encoded already: (1, text_length, D). `text` is None when it is not known, since somebody else
+    encoded it."""
+
+    states: torch.Tensor
+    text: str | None = None
+
+
+def encode(host: Host, base: Base, texts: Sequence[str]) -> list[Encoded]:
+    """Prompts as the base reads them, each on its own; kept on disk, so that a prompt is encoded once.
+
+    Raises:
+        ModelError
+    """
+    states = bases.encode(base, texts, host.cache_folder, lambda text: host.progress(0, 1, text))
+    return [Encoded(state[None], text) for state, text in zip(states, texts, strict=True)]
+
+
+def sample(
+    host: Host,
+    base: Base,
+    stack: LoraStack,
+    shot: Shot,
+    verify: bool = False,
+    encoded: tuple[Encoded, Encoded | None] | None = None,
+    start: torch.Tensor | None = None,
+) -> Sampled:
+    """Load the base if it is not resident, make it hold the stack, denoise. With `verify`, prove afterwards that the
+    transformer is what base and stack make of it; the record says so. `encoded` are the prompt and the negative one,
+    in place of the shot's texts; `start` are latents to change, as `Sampled` has them.
 
     Raises:
         GeometryError, ModelError, AdapterError, StackError, Cancelled. Nothing is left half done: the base keeps the
         earlier stack when a swap fails, and this one when a render is stopped.
     """
-    settings = settings_for(base, shot)
+    notes: list[str] = []
+    settings = settings_for(base, shot, start)
+    states = None
+    if encoded is not None:
+        settings, states = _with_encoded(settings, *encoded, notes)
     adapters = read_stack(stack)
     checkpoint = base.checkpoint()
-    notes: list[str] = []
 
     def note(text: str) -> None:
         notes.append(text)
         host.progress(0, settings.steps, text)
 
     tokens = tokens_of(checkpoint, settings)
+    host.make_room(base)
     with bases.session(base, adapters, host.cache_folder, note, host.check_cancelled, stack.hold, tokens) as session:
         started = time.perf_counter()
+        host.holds(session.resident)
         vae_folder = checkpoint.part("vae")
         vae_hash = fingerprint(vae_folder)
         factors = preview.load(vae_folder, vae_hash, host.cache_folder)
 
         def progress(done: int, total: int, x0: torch.Tensor | None) -> None:
-            host.progress(done, total, "denoising", None if x0 is None else preview.to_rgb(x0, factors))
+            look = None if x0 is None else preview.Look(x0, factors, checkpoint.family.fps)
+            host.progress(done, total, "denoising", look)
 
-        latents = denoise(session, settings, shot.image, shot.video, progress, host.check_cancelled)
-        host.progress(settings.steps, settings.steps, "decoding")
-        frames = decode(session, latents, host.check_cancelled)
-        if factors is None and len(frames) > 1:
-            preview.keep(preview.fit(latents[0], frames), vae_hash, host.cache_folder)
-        seconds = time.perf_counter() - started
         resident = session.resident
+        scale = resident.vae.config.scaling_factor
+        begun = None if start is None else latents_of(start, scale)
+        latents = denoise(
+            session, settings, shot.image, shot.video, progress, host.check_cancelled, states, begun
+        )  # fmt: skip
         chosen, held = dict(session.holds), {held.adapter.name: held.hold for held in resident.switch.held}
         record = {
             "made_with": {
@@ -141,6 +197,9 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = 
                 "device": resident.placement.device,
                 "placement": resident.placement.kind,
                 "quantise": base.quantise,
+                "attention": base.attention,
+                "vae_tiling": base.vae_tiling,
+                "vae_slicing": base.vae_slicing,
             },
             "loras": [
                 {
@@ -158,17 +217,70 @@ def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = 
                 }
                 for (adapter, entry), one in zip(session.stack, session.effect.each, strict=True)
             ],
+            "hold": stack.hold,
             # Read back from the switch before each step that changed something, not what was asked for.
             "weights": [[step, [list(pair) for pair in names]] for step, names in session.weights],
             "verified": str(resident.switch.verify()) if verify else None,
             "settings": asdict(settings),
-            "image": _hash(shot.image),
-            "video": _hash(shot.video),
+            "image": hash_of(shot.image),
+            "video": hash_of(shot.video),
+            "latent": hash_of(start),
             "fps": checkpoint.family.fps,
             "notes": notes,
         }
-        swap = session.swap
-    return Clip(frames, float(checkpoint.family.fps), record, swap, seconds)
+        if encoded is not None and encoded[0].text is None:
+            record["prompt_encoding"] = hash_of(encoded[0].states.float())
+        samples = samples_of(latents, scale)
+        seconds = time.perf_counter() - started
+        return Sampled(samples, float(checkpoint.family.fps), record, session.swap, seconds)
+
+
+def decode(host: Host, base: Base, samples: torch.Tensor) -> torch.Tensor:
+    """Samples (1, C, F', h, w) -> frames (F, H, W, 3), float32 in [0, 1], on the CPU. Needs no transformer.
+
+    Raises:
+        GeometryError, ModelError, Cancelled
+    """
+    host.check_cancelled()
+    host.progress(0, 1, "decoding")
+    vae_folder = base.checkpoint().part("vae")
+    vae_hash = fingerprint(vae_folder)
+    with bases.autoencoder(base) as vae:
+        frames = decode_samples(vae, samples, base.vae_tiling, base.vae_slicing)
+        scale = vae.config.scaling_factor
+    if len(frames) > 1 and preview.load(vae_folder, vae_hash, host.cache_folder) is None:
+        preview.keep(preview.fit(latents_of(samples, scale)[0], frames), vae_hash, host.cache_folder)
+    return frames
+
+
+def render(host: Host, base: Base, stack: LoraStack, shot: Shot, verify: bool = False) -> Clip:
+    """`sample`, then `decode`. Raises what they raise."""
+    sampled = sample(host, base, stack, shot, verify)
+    started = time.perf_counter()
+    frames = decode(host, base, sampled.samples)
+    seconds = sampled.seconds + time.perf_counter() - started
+    return Clip(frames, sampled.fps, sampled.record, sampled.swap, seconds)
+
+
+def _with_encoded(
+    settings: Settings, positive: Encoded, negative: Encoded | None, notes: list[str]
+) -> tuple[Settings, torch.Tensor]:
+    """Settings that tell the texts where they are known, and the encodings (1 or 2, text_length, D)."""
+    if positive.text is None:
+        notes.append("the prompt was encoded elsewhere; its text is not known here, and so not in this record")
+    if settings.guidance > 1 and negative is None:
+        raise UsageError(
+            "Guidance above 1 needs a negative prompt; connect one (an empty text is one), or set guidance to 1."
+        )
+    given = [positive] if negative is None else [positive, negative]
+    shapes = sorted({tuple(one.states.shape) for one in given})
+    if len(shapes) > 1:
+        raise UsageError(
+            f"The prompt and the negative one are encoded differently: {shapes}. Encode both the same way."
+        )
+    texts = [one.text or "" for one in given]
+    named = replace(settings, prompt=texts[0], negative=texts[1] if len(texts) > 1 else "")
+    return named, torch.cat([one.states for one in given])
 
 
 def save(
@@ -184,7 +296,9 @@ def save(
     """
     if path is None:
         path = contained(host.output_folder, name) if name else _free_name(host.output_folder, clip)
-    return video.write_video(clip.frames, path, clip.fps, {"cogloom": json.dumps(clip.record), **(tags or {})})
+    return video.write_video(
+        clip.frames, path, clip.fps, {"cogloom": json.dumps(clip.record), **host.tags, **(tags or {})}
+    )
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -230,8 +344,9 @@ def _free_name(folder: Path, clip: Clip) -> Path:
     return folder / f"{stem}-{number:03d}.mp4"
 
 
-def _hash(value: torch.Tensor | None) -> str | None:
-    return None if value is None else hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+def hash_of(value: torch.Tensor | None) -> str | None:
+    """SHA-256 of a tensor's numbers as float32."""
+    return None if value is None else hashlib.sha256(value.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _version(package: str) -> str:

@@ -38,7 +38,8 @@ def test_imports_go_one_way(file: Path):
         assert not (level == 0 and top in ("nodes", "demo", "ui", "app", "tests")), f"{file.name} imports {module}"
         if engine:
             assert level <= 1, f"{file.name}: the engine reaches above itself for {module}"
-        assert top not in ("comfy", "folder_paths") or file.name == "comfyui.py"
+        # Its own MODEL cannot be had without comfy's classes: `native.py` imports them where it uses them.
+        assert top not in ("comfy", "folder_paths", "server") or file.name in ("comfyui.py", "native.py")
     for node in tree.body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for module, level in imports(ast.Module([node], [])):

@@ -155,11 +155,18 @@ def test_cancel_takes_effect_within_a_step_and_decodes_nothing(tiny_host: LocalH
     assert bases.loads == 1
 
 
+def test_video_to_video_on_1_5_is_refused_before_loading(tiny_host: LocalHost):
+    base = choose_base(tiny_host, "tiny-1.5")
+    with pytest.raises(WrongFamily, match=r"1\.5, for which diffusers has no video to video"):
+        render(tiny_host, base, LoraStack(), replace(SHOT, video=FILM, frames=17))
+    assert bases.loads == 0
+
+
 def test_progress_carries_a_picture_of_the_latents(tiny_host: LocalHost):
     shown = []
     tiny_host.on_progress = lambda done, total, what, picture: shown.append((done, total, picture))
     render(tiny_host, choose_base(tiny_host, "tiny-t2v"), LoraStack(), SHOT)
-    pictures = [p for _, _, p in shown if p is not None]
+    pictures = [look.rgb() for _, _, look in shown if look is not None]
     assert len(pictures) == SHOT.steps
     assert all(p.shape == (3, 8, 8, 3) and p.dtype == torch.uint8 for p in pictures)
     assert (tiny_host.cache_folder / "preview").is_dir()  # fitted from the clip that was decoded

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from .errors import GeometryError, ModelNotFound, NotAModel, UsageError, WrongFamily
+from . import native
+from .errors import AdapterError, GeometryError, ModelNotFound, NotAModel, UsageError, WrongFamily
+from .pristine import STORED
+from .safetensors_file import Spec, opened
 
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo"
 DEMO = "cogloom-demo"
@@ -103,6 +107,7 @@ class Checkpoint:
     temporal: int  # frames per latent
     patch: int
     text_length: int  # tokens
+    file: Path | None = None  # which holds the transformer, in place of this folder's own
 
     def part(self, kind: str) -> Path:
         """The folder of a part (one of PARTS). Raises NotAModel when neither this nor the shared folder has it."""
@@ -349,21 +354,24 @@ def fingerprint(folder: Path) -> str:
 
     So two downloads of the same 9.5 GB text encoder are known as one without reading either. "sampled:" marks it.
     """
-    stamp = tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in part_files(folder))
-    return _fingerprint(folder, stamp)
+    return _hashed(folder / "config.json", part_files(folder))
+
+
+def _hashed(config: Path, files: Iterable[Path]) -> str:
+    status = [(file, file.stat()) for file in files]
+    return _fingerprint(config, tuple((str(file), s.st_size, s.st_mtime_ns) for file, s in status))
 
 
 @lru_cache(maxsize=64)
-def _fingerprint(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
+def _fingerprint(config: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
     import hashlib
 
     digest, sampled = hashlib.sha256(), False
-    config = folder / "config.json"
     if config.is_file():
         plain = {k: v for k, v in _json(config).items() if not k.startswith("_")}  # not the version that wrote it
         digest.update(json.dumps(plain, sort_keys=True).encode())
     for name, size, _ in stamp:
-        with open(folder / name, "rb") as file:
+        with open(name, "rb") as file:
             if size <= 64 << 20:
                 digest.update(file.read())
                 continue
@@ -373,3 +381,127 @@ def _fingerprint(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
                 file.seek(min(i * size // 64, size - (64 << 10)))
                 digest.update(file.read(64 << 10))
     return ("sampled:" if sampled else "") + digest.hexdigest()
+
+
+# --- a transformer in a file of its own -------------------------------------------------------------------------------
+
+
+class Weights(NamedTuple):
+    """Where a transformer's weights lie. `spelling` is tensor in the file -> parameter, None where they are the same."""
+
+    files: tuple[Path, ...]
+    spelling: Mapping[str, str] | None
+    nbytes: int  # of the files; of a file of its own, what its numbers take in 16 bit
+
+
+def transformer_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Raises NotAModel."""
+    return _json(checkpoint.part("transformer") / "config.json")
+
+
+def transformer_weights(checkpoint: Checkpoint) -> Weights:
+    """Of the checkpoint's folder, or of the file that stands in for it. Raises ModelNotFound, NotAModel, WrongFamily."""
+    if checkpoint.file is None:
+        folder = checkpoint.part("transformer")
+        return Weights(part_files(folder), None, part_bytes(folder))
+    spelling, count = _spelling(checkpoint, checkpoint.file)
+    return Weights((checkpoint.file,), spelling, 2 * count)
+
+
+def transformer_hash(checkpoint: Checkpoint) -> str:
+    """As `fingerprint`: of the config and of the weights that are used with it."""
+    folder = checkpoint.part("transformer")
+    return fingerprint(folder) if checkpoint.file is None else _hashed(folder / "config.json", (checkpoint.file,))
+
+
+def with_file(like: Checkpoint, file: Path) -> Checkpoint:
+    """The checkpoint with the transformer of a single file: with ComfyUI's names or diffusers', in float or cast to fp8
+    for storage. Its header is read and compared with the config of `like`, which lends everything else; weights of
+    its own transformer need not be there.
+
+    Raises:
+        ModelNotFound, NotAModel, WrongFamily: with both numbers, where the two do not go together.
+    """
+    _spelling(like, file)
+    return replace(like, name=file.name, file=file)
+
+
+def _spelling(like: Checkpoint, file: Path) -> tuple[Mapping[str, str], int]:
+    """Tensor in the file -> parameter, and how many numbers there are."""
+    config = transformer_config(like)
+    try:
+        wanted = native.shapes_of(config)
+    except (KeyError, TypeError) as error:
+        raise NotAModel(f"{like.folder.name}: its transformer's config.json lacks or garbles {error}.") from error
+    tensors = _tensors(file)
+    spelt = native.spelling(tensors)
+    if spelt is None:
+        names = ", ".join(list(tensors)[:3])
+        what = native.what_instead(tensors) or f"no CogVideoX transformer: its tensors have names like {names}"
+        raise NotAModel(f"{file.name} is {what}.")
+    of = dict(spelt.of)
+    if not config.get("use_rotary_positional_embeddings"):  # as the 2b's, whose table of fixed positions is computed
+        of = {name: parameter for name, parameter in of.items() if parameter != native.TABLE}
+    shapes = {parameter: tensors[name].shape for name, parameter in of.items()}
+    own, its = native.traits(wanted), native.traits(shapes)
+    apart = [f"{its[trait]} (there {own[trait]})" for trait in own if trait in its and its[trait] != own[trait]]
+    if apart:
+        near = next((f.name for f in FAMILIES if f.width > 192 and not f.loadable and could_be(f, shapes)), None)
+        raise WrongFamily(
+            f"{file.name} does not go with {like.folder.name}: it has {'; '.join(apart)}. Choose the checkpoint that "
+            f"it was made from{f', such as {near},' if near else ''} to lend it what it lacks."
+        )
+    seen: set[str] = set()
+    twice = [name for name, parameter in of.items() if parameter in seen or seen.add(parameter)]
+    strange = [*spelt.strange, *(name for name, parameter in of.items() if parameter not in wanted)]
+    missing = [name for name in wanted if name not in shapes]
+    odd = [name for name, shape in shapes.items() if wanted.get(name, shape) != shape]
+    cast = [name for name in of if tensors[name].dtype not in STORED]
+    for names, what in (
+        (missing, f"of the {len(wanted)} tensors of such a transformer are missing"),
+        (twice, "tensors are there twice, by two spellings of one name"),
+        (strange, "tensors are none of a CogVideoX transformer's, such as the scales of quantised weights"),
+        (odd, f"tensors have other shapes than in {like.folder.name}"),
+        (cast, f"tensors are in dtypes that are not read ({', '.join(STORED)} are)"),
+    ):
+        if names:
+            raise NotAModel(
+                f"{file.name}: {len(names)} {what}; the first is {names[0]}. Get a file of the whole transformer that "
+                "is not quantised, or the checkpoint as a folder in diffusers layout."
+            )
+    return of, sum(math.prod(shape) for shape in shapes.values())
+
+
+def could_be(family: Family, shapes: native.Shapes) -> bool:
+    """Whether a transformer with these parameters may be of this row, as far as shapes tell."""
+    flat = family.in_channels * 4 * (family.patch_size_t or 1)
+    takes = (family.in_channels, 2, 2) if family.patch_size_t is None else (flat,)
+    return (
+        shapes.get("patch_embed.proj.weight") == (family.width, *takes)
+        and f"transformer_blocks.{family.blocks - 1}.norm1.linear.weight" in shapes
+        and f"transformer_blocks.{family.blocks}.norm1.linear.weight" not in shapes
+    )
+
+
+_PICKLE = "Pickled weights can execute code and are never loaded; get the safetensors version"
+
+
+def _tensors(file: Path) -> Mapping[str, Spec]:
+    """The checked header. Raises ModelNotFound, NotAModel."""
+    if not file.is_file():
+        raise ModelNotFound(f"There is no file {file}. Choose one that is there.")
+    if file.suffix.lower() != ".safetensors":
+        raise NotAModel(f"{file.name}: a base in one file is a .safetensors file. {_PICKLE}.")
+    try:
+        with open(file, "rb") as handle:
+            start = handle.read(10)
+        if len(start) < 10:
+            raise NotAModel(f"{file.name}: {len(start)} bytes, too short to be a base. Download it again.")
+        if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
+            raise NotAModel(f"{file.name}: a pickle, whatever its name says. {_PICKLE}.")
+        with opened(file) as source:
+            return source.tensors
+    except OSError as error:
+        raise NotAModel(f"{file.name}: it cannot be read ({error.strerror or error}).") from error
+    except AdapterError as error:  # the container is an adapter's, and is read with the same suspicion
+        raise NotAModel(f"{error}") from error

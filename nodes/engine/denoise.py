@@ -72,6 +72,12 @@ def task_of(checkpoint: Checkpoint, image: torch.Tensor | None, video: torch.Ten
         raise WrongFamily(f"{name} makes video from text and cannot start from a picture; {sibling} can.")
     if can == "i2v" and video is not None:
         raise WrongFamily(f"{name} starts from a picture; video to video needs a text-to-video base.")
+    if can == "t2v" and video is not None and checkpoint.family.patch_size_t:
+        # CogVideoXVideoToVideoPipeline wants an even number of latent frames before it pads, and 16·N + 1 frames never
+        # have one.
+        raise WrongFamily(
+            f"{name} is CogVideoX 1.5, for which diffusers has no video to video; choose a 1.0 text base."
+        )
     return "v2v" if can == "t2v" and video is not None else can
 
 
@@ -93,9 +99,13 @@ def denoise(
     video: torch.Tensor | None = None,
     progress: Progress = lambda done, total, x0: None,
     check: Callable[[], None] = lambda: None,
+    states: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the steps. `image` (H, W, 3) and `video` (F, H, W, 3) are float32 in [0, 1] of any size; they are cropped
-    around the middle and scaled.
+    around the middle and scaled. `states` (1 or 2, text_length, D) are the encodings of the prompt and, when guidance
+    needs it, of the negative one; by default they are made here. `start` (1, F', C, h, w) are latents to change, in
+    place of a video that was decoded.
 
     Returns:
         Latents (1, F', C, h, w) on the base's device, in its dtype, without the padding of 1.5.
@@ -107,10 +117,10 @@ def denoise(
 
     resident = session.resident
     checkpoint, device, dtype = resident.checkpoint, resident.device, resident.dtype
-    task = task_of(checkpoint, image, video)
+    task = task_of(checkpoint, image, start if video is None else video)
     shape = checkpoint.check_geometry(settings.frames, settings.width, settings.height)
     guided = settings.guidance > 1.0
-    states = session.encode([settings.prompt, settings.negative] if guided else [settings.prompt])
+    states = _states(session, settings, states, guided)
     check()
     kind = {
         "t2v": diffusers.CogVideoXPipeline,
@@ -140,18 +150,28 @@ def denoise(
         return_dict=False,
     )
     total = settings.steps
-    if task == "v2v":
+    if task == "v2v" and video is None:
+        assert start is not None
+        wanted = (1, shape.frames, shape.channels, shape.height, shape.width)
+        if tuple(start.shape) != wanted:
+            raise GeometryError(
+                f"The latents are {tuple(start.shape)}, (batch, frames, channels, height, width), and "
+                f"{settings.frames} frames of {settings.width}×{settings.height} are {wanted}. Ask for what they were "
+                "made for."
+            )
+        total = _steps_to_run(settings)
+        scheduler.set_timesteps(settings.steps)
+        first = scheduler.timesteps[max(settings.steps - total, 0)]
+        clean = F.pad(start.to(device, dtype), (0, 0, 0, 0, 0, 0, padding, 0))
+        call |= dict(strength=settings.strength, num_inference_steps=settings.steps)
+        call["latents"] = scheduler.add_noise(clean, noise.to(device, dtype), first[None])
+    elif task == "v2v":
         assert video is not None
         if len(video) < settings.frames:
             raise GeometryError(
                 f"The video has {len(video)} frames and {settings.frames} are asked for; ask for fewer."
             )
-        total = min(int(settings.steps * settings.strength), settings.steps)
-        if total == 0:
-            raise UsageError(
-                f"{settings.steps} steps at strength {settings.strength} leave none to run; "
-                f"a strength of {1 / settings.steps:.2f} is the least."
-            )
+        total = _steps_to_run(settings)
         call |= dict(video=_fitted(video[: settings.frames], settings), strength=settings.strength)
     else:
         call["latents"] = noise.to(device, dtype)
@@ -178,7 +198,7 @@ def denoise(
         check()
         return values
 
-    with resident.transformer_on_device(), _working(settings), torch.no_grad():
+    with resident.denoising(), _working(settings), torch.no_grad():
         try:
             latents = pipe(**call, callback_on_step_end=after_step, callback_on_step_end_tensor_inputs=["latents"])[0]
         finally:
@@ -186,14 +206,59 @@ def denoise(
     return latents[:, padding:]
 
 
-def decode(session: Session, latents: torch.Tensor, check: Callable[[], None] = lambda: None) -> torch.Tensor:
-    """Latents (1, F', C, h, w) -> frames (F, H, W, 3), float32 in [0, 1], on the CPU."""
-    check()
+def _states(session: Session, settings: Settings, given: torch.Tensor | None, guided: bool) -> torch.Tensor:
+    """Prompt encodings (1 or 2, text_length, D) on the device: made here, or given and then checked."""
+    if given is None:
+        return session.encode([settings.prompt, settings.negative] if guided else [settings.prompt])
     resident = session.resident
-    vae: Any = resident.vae
-    vae.use_tiling, vae.use_slicing = resident.base.vae_tiling, resident.base.vae_slicing
+    length, width = resident.checkpoint.text_length, resident.transformer.config.text_embed_dim
+    if given.ndim != 3 or given.shape[1:] != (length, width):
+        raise UsageError(
+            f"The prompt's encoding is {tuple(given.shape[1:])}, (tokens, width), and {resident.checkpoint.name} reads "
+            f"{(length, width)}. Encode it with the CogVideoX Prompt node, or with the T5 encoder of CogVideoX."
+        )
+    if len(given) < 1 + guided:
+        raise UsageError("Guidance above 1 needs the encoding of a negative prompt, too; an empty text is one.")
+    return given[: 1 + guided].to(resident.device, resident.dtype)
+
+
+def _steps_to_run(settings: Settings) -> int:
+    """Of a clip that is changed: the share of the steps that `strength` says."""
+    total = min(int(settings.steps * settings.strength), settings.steps)
+    if total == 0:
+        raise UsageError(
+            f"{settings.steps} steps at strength {settings.strength} leave none to run; "
+            f"a strength of {1 / settings.steps:.2f} is the least."
+        )
+    return total
+
+
+def samples_of(latents: torch.Tensor, scaling_factor: float) -> torch.Tensor:
+    """Latents (1, F', C, h, w) as the transformer has them -> (1, C, F', h, w) as the autoencoder has them, float32 on
+    the CPU: what ComfyUI's LATENT holds. Nothing is lost on the way to `decode`, in any dtype."""
+    return (latents.permute(0, 2, 1, 3, 4) / scaling_factor).float().cpu().contiguous()
+
+
+def latents_of(samples: torch.Tensor, scaling_factor: float) -> torch.Tensor:
+    """The reverse of `samples_of`, to rounding."""
+    return samples.permute(0, 2, 1, 3, 4) * scaling_factor
+
+
+def decode(vae: Any, samples: torch.Tensor, tiling: bool = False, slicing: bool = False) -> torch.Tensor:
+    """Samples (1, C, F', h, w) of `samples_of` -> frames (F, H, W, 3), float32 in [0, 1], on the CPU.
+
+    Raises:
+        GeometryError: they are not of this autoencoder. NotEnoughMemory
+    """
+    channels = vae.config.latent_channels
+    if samples.ndim != 5 or len(samples) != 1 or samples.shape[1] != channels:
+        raise GeometryError(
+            f"The latents are {tuple(samples.shape)}; this base's autoencoder reads one clip at a time, "
+            f"(1, {channels}, frames, height, width)."
+        )
+    vae.use_tiling, vae.use_slicing = tiling, slicing
     with _working(None), torch.no_grad():
-        video = vae.decode(latents.permute(0, 2, 1, 3, 4) / vae.config.scaling_factor).sample  # (1, 3, F, H, W)
+        video = vae.decode(samples.to(vae.device, vae.dtype)).sample  # (1, 3, F, H, W)
     return (video[0].float().permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1).cpu().contiguous()
 
 

@@ -592,11 +592,12 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 def find_adapters(folders: Iterable[Path]) -> list[Path]:
     """Every .safetensors file below the folders, sorted. Links are followed, as ComfyUI does; circles are not."""
-    return sorted({file for _, file in _listed(folders)}, key=lambda file: (str(file).lower(), str(file)))
+    return sorted({file for _, file in listed_in(folders)}, key=lambda file: (str(file).lower(), str(file)))
 
 
-def _listed(folders: Iterable[Path]) -> list[tuple[str, Path]]:
-    """(relative name, file). Of two files with one relative name, the one in the earlier folder counts."""
+def listed_in(folders: Iterable[Path]) -> list[tuple[str, Path]]:
+    """(relative name with forward slashes, file), sorted. Of two files with one name, the one in the earlier folder
+    counts."""
     files: dict[str, Path] = {}
     for root in folders:
         seen: set[str] = set()
@@ -619,7 +620,7 @@ def resolve(name: str, folders: Iterable[Path]) -> Path:
     Only files below the folders can be found. Raises AdapterNotFound, also when several would do.
     """
     folders = tuple(folders)
-    listed = _listed(folders)
+    listed = listed_in(folders)
     asked = name.replace("\\", "/").strip().removeprefix("./")
 
     def whole(relative: str, file: Path) -> set[str]:

@@ -21,7 +21,18 @@ from typing import Any
 
 import torch
 
-from .checkpoints import DEMO, Checkpoint, fingerprint, open_checkpoint, part_bytes, part_files
+from .checkpoints import (
+    DEMO,
+    Checkpoint,
+    fingerprint,
+    open_checkpoint,
+    part_bytes,
+    part_files,
+    transformer_config,
+    transformer_hash,
+    transformer_weights,
+    with_file,
+)
 from .effect import StackEffect, stack_effect
 from .errors import CogLoomError, NotAModel, NotEnoughMemory, PlacementError, UsageError
 from .hold import Choice, choose_hold
@@ -37,6 +48,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PLACEMENTS = ("auto", "resident", "model", "group", "sequential")
 QUANTISED = ("none", "int8", "fp8")
+ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")  # which of PyTorch's kernels; diffusers' own switch is deaf
 SMALL = 512 << 20  # bytes; a text encoder up to this size stays loaded
 
 
@@ -54,6 +66,8 @@ class Base:
     compile: bool = False
     quantise: str = "none"  # none, int8 (torchao, weights only), fp8 (cast for storage, computed in `dtype`)
     rank_budget: int = 128  # ranks of a stack held at run time that are compiled in beforehand
+    attention: str = "auto"  # a kernel of scaled_dot_product_attention, or what PyTorch thinks best
+    file: str = ""  # of a transformer, which stands in for that of `folder`; see `checkpoints.with_file`
 
     def __post_init__(self) -> None:
         for value, legal, what in (
@@ -61,6 +75,7 @@ class Base:
             (self.device, DEVICES, "device"),
             (self.placement, PLACEMENTS, "placement"),
             (self.quantise, QUANTISED, "quantise"),
+            (self.attention, ATTENTION, "attention"),
         ):
             if value not in legal:
                 raise UsageError(f"{what} {value!r} is none of {', '.join(legal)}.")
@@ -78,7 +93,8 @@ class Base:
             )
 
     def checkpoint(self) -> Checkpoint:
-        return open_checkpoint(Path(self.folder))
+        checkpoint = open_checkpoint(Path(self.folder))
+        return with_file(checkpoint, Path(self.file)) if self.file else checkpoint
 
 
 @dataclass(frozen=True)
@@ -184,16 +200,16 @@ def plan_placement(
 class Resident:
     """One base in memory: its transformer with the switch that owns its weights, its autoencoder, how it is placed."""
 
-    def __init__(self, base: Base, checkpoint: Checkpoint, placement: Placement, vae: torch.nn.Module) -> None:
-        self.base, self.checkpoint, self.placement, self.vae = base, checkpoint, placement, vae
+    def __init__(self, base: Base, checkpoint: Checkpoint, placement: Placement, vae: Any) -> None:
+        self.base, self.checkpoint, self.placement = base, checkpoint, placement
+        self.vae: Any = vae
         self.device = torch.device(placement.device)
         self.dtype = DTYPES[placement.dtype]
-        folder = checkpoint.part("transformer")
-        self.hash = fingerprint(folder)
+        self.hash = transformer_hash(checkpoint)
         self.transformer = load_transformer(checkpoint, self.dtype)
         self._quantise()
         # Before the placement's hooks, so that it sees every parameter where it was loaded.
-        self.switch = Switch(self.transformer, PristineFiles(part_files(folder), self.dtype), self.dtype, self.device)
+        self.switch = Switch(self.transformer, pristine_files(checkpoint, self.dtype), self.dtype, self.device)
         self.shapes = self.switch.shapes()
         self._fitted: weakref.WeakKeyDictionary[Adapter, dict[bool, Adapter | None]] = weakref.WeakKeyDictionary()
         self._place()
@@ -253,8 +269,14 @@ class Resident:
             model.compile_repeated_blocks(fullgraph=True)
 
     @contextlib.contextmanager
-    def transformer_on_device(self) -> Iterator[None]:
-        """Placement `model`: on the device while denoising, off it while decoding. Others are where they belong."""
+    def denoising(self) -> Iterator[None]:
+        """The transformer where it computes, with the attention that was asked for. Placement `model` has it on the
+        device for this alone and not while decoding; others are where they belong."""
+        with _attention(self.base.attention), self._transformer_on_device():
+            yield
+
+    @contextlib.contextmanager
+    def _transformer_on_device(self) -> Iterator[None]:
         if self.placement.kind != "model":
             yield
             return
@@ -294,8 +316,9 @@ class Bases:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._resident: OrderedDict[Base, Resident] = OrderedDict()
-        self._vaes: dict[tuple[str, str, str], torch.nn.Module] = {}
+        self._vaes: dict[tuple[str, str, str], Any] = {}
         self._texts: dict[tuple[str, str], Any] = {}
+        self.last_swap: Swap | None = None
         self.loads = 0  # how often a base's transformer was read from disk; swaps never raise it
 
     @contextlib.contextmanager
@@ -345,7 +368,8 @@ class Bases:
 
             def stacked_at(position: float) -> Swap:
                 now = [(adapter, _plain(entry.strength(position))) for adapter, entry in wanted]
-                return resident.switch.apply(now, check, lambda adapter, _: chosen[id(adapter)].hold)
+                self.last_swap = resident.switch.apply(now, check, lambda adapter, _: chosen[id(adapter)].hold)
+                return self.last_swap
 
             changes = LoraStack(tuple(entry for _, entry in wanted)).changes
             try:
@@ -361,7 +385,7 @@ class Bases:
                     resident,
                     stacked_at(0.0),
                     self.loads > loads,
-                    lambda texts: self._encode(resident, texts, cache, note),
+                    lambda texts: self._encode(checkpoint, resident.placement, texts, cache, note).to(resident.device),
                     tuple(wanted),
                     tuple((adapter.name, chosen[id(adapter)]) for adapter, _ in wanted),
                     effect,
@@ -371,6 +395,33 @@ class Bases:
             finally:
                 if resident.switch.spoiled:
                     self.unload(base)
+
+    def encode(
+        self, base: Base, texts: Sequence[str], cache: Path | None = None, note: Callable[[str], None] = log.info
+    ) -> torch.Tensor:
+        """Prompts as the base's sessions encode them: (B, text_length, D) in the base's dtype, on the CPU. The
+        transformer is not loaded for it, so that the text encoder, which is as large, can be there first.
+
+        Raises:
+            ModelError
+        """
+        with self._lock:
+            checkpoint = base.checkpoint()
+            resident = self._resident.get(base)
+            placement = self._plan(base, checkpoint) if resident is None else resident.placement
+            return self._encode(checkpoint, placement, texts, cache, note)
+
+    @contextlib.contextmanager
+    def autoencoder(self, base: Base) -> Iterator[Any]:
+        """Lend the base's autoencoder alone: the transformer is neither loaded for it nor is its stack touched.
+
+        Raises:
+            ModelError
+        """
+        with self._lock:
+            checkpoint = base.checkpoint()
+            resident = self._resident.get(base)
+            yield self._vae(checkpoint, self._plan(base, checkpoint)) if resident is None else resident.vae
 
     def _ready(self, base: Base, note: Callable[[str], None]) -> Resident:
         if base in self._resident:
@@ -387,7 +438,8 @@ class Bases:
 
     def _plan(self, base: Base, checkpoint: Checkpoint) -> Placement:
         device = choose_device(base.device)
-        sizes = {k: part_bytes(checkpoint.part(k)) for k in ("transformer", "vae", "text_encoder")}
+        sizes = {k: part_bytes(checkpoint.part(k)) for k in ("vae", "text_encoder")}
+        sizes["transformer"] = transformer_weights(checkpoint).nbytes
         frames, width, height = checkpoint.defaults()
         tokens = (frames // checkpoint.temporal + 1) * width * height // (checkpoint.spatial * checkpoint.patch) ** 2
         # Both guidance branches hold about a dozen token-wide tensors in 16 bit; the decoder about three of 256
@@ -418,9 +470,13 @@ class Bases:
         return self._vaes[key]
 
     def _encode(
-        self, resident: Resident, texts: Sequence[str], cache: Path | None, note: Callable[[str], None]
+        self,
+        checkpoint: Checkpoint,
+        placement: Placement,
+        texts: Sequence[str],
+        cache: Path | None,
+        note: Callable[[str], None],
     ) -> torch.Tensor:
-        checkpoint, placement = resident.checkpoint, resident.placement
         folder, length = checkpoint.part("text_encoder"), checkpoint.text_length
         store = PromptCache(cache, fingerprint(folder), str(length), placement.dtype)
         states = {text: found for text in texts if (found := store.get(text)) is not None}
@@ -433,12 +489,12 @@ class Bases:
                     lost = tokenizer.decode(whole[length - 1 : -1])
                     note(f"the prompt has {len(whole)} tokens and the base reads {length}: «{lost}» is not read")
                 # One by one: what is cached must not depend on its neighbours in a batch.
-                states[text] = tokens_of(encoder, tokenizer, [text], length).to("cpu", resident.dtype)
+                states[text] = tokens_of(encoder, tokenizer, [text], length).to("cpu", DTYPES[placement.dtype])
                 store.put(text, states[text])
             if part_bytes(folder) > SMALL:  # 9.5 GB in the real family: needed for a moment, and then in the way
                 self._texts.clear()
                 _collect(placement.device)
-        return torch.cat([states[text] for text in texts]).to(resident.device)
+        return torch.cat([states[text] for text in texts])
 
     def _text(self, checkpoint: Checkpoint, placement: Placement, note: Callable[[str], None]) -> Any:
         folder = checkpoint.part("text_encoder")
@@ -471,6 +527,31 @@ class Bases:
                 _collect(device)
 
 
+@contextlib.contextmanager
+def _attention(kernel: str) -> Iterator[None]:
+    """`sdpa_kernel` leaves no second choice, so one that this machine or dtype lacks is an error at the first step."""
+    if kernel == "auto":
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
+    try:
+        with sdpa_kernel(kernels[kernel]):
+            yield
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        raise PlacementError(
+            f"Attention {kernel} is not to be had on this device in this dtype ({_first(error)}). Choose auto."
+        ) from error
+
+
 def _plain(strength: Strength) -> float | Strength:
     return strength if str(strength.blocks) else strength.weight
 
@@ -480,12 +561,44 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from diffusers import CogVideoXTransformer3DModel
 
     folder = checkpoint.part("transformer")
-    part_files(folder)
+    transformer_weights(checkpoint)
     with _loading(checkpoint.name):
-        model = CogVideoXTransformer3DModel.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        if checkpoint.file is not None:
+            model = _from_file(checkpoint, dtype)
+        else:
+            model = CogVideoXTransformer3DModel.from_pretrained(
+                folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            )
     return model.requires_grad_(False).eval()
+
+
+def pristine_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PristineFiles:
+    """The transformer's parameters, to be read one by one as a fresh load would give them. Raises ModelError."""
+    weights = transformer_weights(checkpoint)
+    return PristineFiles(weights.files, dtype, weights.spelling)
+
+
+def _from_file(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """diffusers loads no CogVideoX from a single file. What `from_pretrained` would give, to the bit."""
+    from accelerate import init_empty_weights
+    from diffusers import CogVideoXTransformer3DModel
+
+    pristine = pristine_files(checkpoint, dtype)
+    with init_empty_weights():
+        model: Any = CogVideoXTransformer3DModel.from_config(transformer_config(checkpoint))
+    try:
+        for name, empty in [*model.named_parameters(), *model.named_buffers()]:
+            owner, _, leaf = name.rpartition(".")
+            if name in pristine.shapes():  # all but the table of fixed positions, which is made with the model
+                value = torch.empty(empty.shape, dtype=dtype)
+                pristine.into(name, value)
+                kept = (
+                    torch.nn.Parameter(value, requires_grad=False) if isinstance(empty, torch.nn.Parameter) else value
+                )
+                setattr(model.get_submodule(owner), leaf, kept)
+    finally:
+        pristine.release()
+    return model
 
 
 def load_vae(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

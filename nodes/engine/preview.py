@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,19 @@ from .files import write_atomic
 
 log = logging.getLogger("cogloom")
 FILE = "preview.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What a progress report shows: the clean latents predicted so far, (F', C, h, w), in the transformer's scale."""
+
+    latents: torch.Tensor
+    factors: torch.Tensor | None  # (C + 1, 3), the last row the offset; None: none is known yet, and gray is shown
+    fps: float  # of the clip, which has `temporal` times as many frames
+
+    def rgb(self) -> torch.Tensor:
+        """uint8 (F', h, w, 3) on the CPU."""
+        return to_rgb(self.latents, self.factors)
 
 
 def fit(latents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,10 @@ import torch
 
 from .errors import ModelError, NotAModel
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},  # cast for storage; every value is one of bf16's
+}
 
 
 class _Where(NamedTuple):
@@ -32,7 +35,9 @@ class _Where(NamedTuple):
 class PristineFiles:
     """Reads single parameters out of a checkpoint's safetensors, as a fresh load would give them."""
 
-    def __init__(self, files: Iterable[Path], dtype: torch.dtype) -> None:
+    def __init__(self, files: Iterable[Path], dtype: torch.dtype, spelling: Mapping[str, str] | None = None) -> None:
+        """`spelling`, tensor in the file -> parameter, is for files that name them otherwise; what it does not tell of
+        is left alone. Raises NotAModel."""
         self._dtype = dtype
         self._where: dict[str, _Where] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
@@ -45,10 +50,11 @@ class PristineFiles:
                 try:
                     header = json.loads(handle.read(length))
                     for name, entry in header.items():
-                        if name != "__metadata__":
+                        parameter = name if spelling is None else spelling.get(name, "__metadata__")
+                        if parameter != "__metadata__":
                             start, end = entry["data_offsets"]
-                            dtype_, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-                            self._where[name] = _Where(file, dtype_, shape, 8 + length + start, end - start)
+                            dtype_, shape = STORED[entry["dtype"]], tuple(entry["shape"])
+                            self._where[parameter] = _Where(file, dtype_, shape, 8 + length + start, end - start)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise NotAModel(
                         f"{file} has a broken safetensors header ({error}); fetch the checkpoint again."
