@@ -247,18 +247,18 @@ def _render(host: LocalHost, args: argparse.Namespace) -> int:
     from nodes.engine.lora_stack import LoraStack
     from nodes.lora import stack_loras
     from nodes.model import choose_base
-    from nodes.render import Shot, entries_from, render, save, shot_from
+    from nodes.render import Shot, departures, entries_from, render, save, shot_from
     from nodes.render import read_record as read
 
-    shot, loras, name = Shot(prompt=args.prompt), list(args.lora), args.base
+    shot, loras, name, like = Shot(prompt=args.prompt or ""), list(args.lora), args.base, None
     if args.like:
-        record = read(args.like)
-        shot = shot_from(record) if args.prompt is None else replace(shot_from(record), prompt=args.prompt)
-        if args.prompt is None and "prompt_encoding" in record:
+        like = read(args.like)
+        shot = shot_from(like) if args.prompt is None else replace(shot_from(like), prompt=args.prompt)
+        if args.prompt is None and "prompt_encoding" in like:
             raise UsageError(f"{args.like}: its prompt was encoded elsewhere and is not in the record; say a prompt.")
-        loras = loras or entries_from(record)
-        name = name or record["base"]["name"]
-        _as_recorded(args, record)
+        loras = loras or entries_from(like)
+        name = name or like["base"]["name"]
+        _as_recorded(args, like)
     elif args.prompt is None:
         raise UsageError("Say what to show: python app.py render PROMPT (or --like CLIP for a clip's own settings).")
     fields = ("negative", "seed", "steps", "guidance", "dynamic_guidance", "scheduler", "frames", "strength")
@@ -274,6 +274,7 @@ def _render(host: LocalHost, args: argparse.Namespace) -> int:
     base = choose_base(host, **_base(args, name))
     stack = stack_loras(host, loras, LoraStack(hold=args.hold or "auto"), anywhere=True)
     clip = render(host, base, stack, replace(shot, **given), args.verify)
+    differs = departures(clip.record, like) if like else []
     path = save(host, clip, path=args.output)
     _Bar.clear()
     record, swap = clip.record, clip.swap
@@ -286,7 +287,7 @@ def _render(host: LocalHost, args: argparse.Namespace) -> int:
                      f"{lora['scale']}; {lora['hold']}, {lora['hold_reason']}"))  # fmt: skip
     if record["loras"] and swap:
         print(f"put on in {swap.seconds * 1000:.1f} ms")
-    for note in record["notes"]:
+    for note in [*record["notes"], *(f"unlike {args.like.name}: {what}" for what in differs)]:
         print(textwrap.fill(_plain(f"note: {note}"), _width(), subsequent_indent="  ", break_on_hyphens=False))
     if record["verified"]:
         print(record["verified"])

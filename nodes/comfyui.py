@@ -94,13 +94,32 @@ class ComfyHost:
     def tags(self) -> dict[str, str]:
         if comfy_args.disable_metadata:
             return {}
-        found = {"prompt": self._prompt, **(self._workflow or {})}
+        # ComfyUI writes what IS_CHANGED says into the graph it runs; a clip carries the graph that was sent.
+        sent = {
+            number: {key: value for key, value in one.items() if key != "is_changed"}
+            for number, one in (self._prompt or {}).items()
+        }
+        found = {"prompt": sent or None, **(self._workflow or {})}
         return {name.lower(): json.dumps(value) for name, value in found.items() if value is not None}
 
     @property
     def device(self) -> str:
         kind = comfy.model_management.get_torch_device().type
         return kind if kind in DEVICES else "auto"
+
+    @property
+    def placement(self) -> str:
+        """--highvram, --lowvram and --novram are the user's word on it."""
+        if self.device == "cpu":
+            return "auto"
+        state = comfy.model_management.VRAMState
+        said = {state.HIGH_VRAM: "resident", state.LOW_VRAM: "model", state.NO_VRAM: "group"}
+        return said.get(comfy.model_management.vram_state, "auto")
+
+    def unknown(self, node: Node) -> dict[str, Any]:
+        """Inputs of the graph that the node does not have; ComfyUI drops them without a word."""
+        sent = (self._prompt or {}).get(self._node, {}).get("inputs", {})
+        return {name: value for name, value in sent.items() if name not in {one.name for one in node.inputs}}
 
     def seen(self, path: Path) -> dict[str, list[Any]]:
         if path.suffix.lower() == ".mkv":  # lossless RGB, which no browser plays
@@ -289,7 +308,7 @@ def _class(node: Node) -> type:
         # Weights that were made or changed in inference mode could never be used outside it.
         with torch.inference_mode(False), torch.no_grad():
             try:
-                result = node.run(host, **node.checked(host, _constants(values)))
+                result = node.run(host, **node.checked(host, host.unknown(node) | _constants(values)))
             except Cancelled:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 raise comfy.model_management.InterruptProcessingException() from None

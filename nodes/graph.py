@@ -14,7 +14,8 @@ import torch
 from .compare import compare, side_by_side
 from .engine.checkpoints import DEMO
 from .engine.denoise import SCHEDULERS
-from .engine.errors import AdapterError, StackError, UsageError
+from .engine.errors import AdapterError, ModelNotFound, StackError, UsageError
+from .engine.lora_file import listed_in
 from .engine.lora_file import stamp as file_stamp
 from .engine.lora_stack import WEIGHT_CAP, Blocks, LoraStack, Steps
 from .engine.pipeline import ATTENTION, DTYPES, PLACEMENTS, QUANTISED, Base
@@ -27,6 +28,7 @@ from .lora import (
     inspect_adapter,
     listed,
     measure_stack,
+    read_stack,
     save_adapter,
     stack_rows,
     stack_tuples,
@@ -34,6 +36,7 @@ from .lora import (
     tuples_of,
 )
 from .model import choose_base, list_bases
+from .native import base_from_file, native_lora
 from .render import Clip, Encoded, Shot, decode, encode, hash_of, sample, save
 from .schema import BASE, LORA_STACK, RECORD, STACK, Choice, Flag, Number, Out, Shown, Socket, Text, Whole, node
 
@@ -129,11 +132,53 @@ def base(
 ) -> tuple[Base]:
     """Choose a CogVideoX base and how it is held. It is loaded when first sampled and stays in memory; changing
     adapters never loads it again."""
-    chosen = choose_base(
-        host, checkpoint.removesuffix(ABSENT), dtype, host.device, placement, vae_tiling, False, compile, quantise,
-        rank_budget, attention,
+    return (
+        choose_base(
+            host, checkpoint.removesuffix(ABSENT), dtype, host.device, placed(host, placement, quantise), vae_tiling,
+            False, compile, quantise, rank_budget, attention,
+        ),
     )  # fmt: skip
-    return (chosen,)
+
+
+def placed(host: Host, placement: str, quantise: str) -> str:
+    """The host's word where the user said nothing; quantised weights are not moved in parts."""
+    if placement != "auto":
+        return placement
+    return "model" if quantise != "none" and host.placement == "group" else host.placement
+
+
+def transformer_names(host: Host) -> list[str]:
+    return [name for name, _ in listed_in(host.transformer_folders)]
+
+
+@node(
+    "CogLoomBaseFile", "CogVideoX Base from File", (BASE_OUT,), category="CogLoom/native",
+    search=("diffusion model", "unet loader", "single file"),
+)  # fmt: skip
+def base_file(
+    host: Host,
+    file: Annotated[str, Choice(transformer_names, others=True, tip="A CogVideoX transformer in "
+                                "models/diffusion_models, with ComfyUI's names or diffusers'.")],
+    like: Annotated[str, Choice(base_names, others=True, tip="The checkpoint that lends text encoder, VAE, scheduler "
+                                "and config: the same size and task as the file.")] = DEMO,
+    dtype: Dtype = "auto",
+    placement: Placement = "auto",
+    attention: Attention = "auto",
+    vae_tiling: Tiling = False,
+    compile: Compile = False,
+    quantise: Quantise = "none",
+    rank_budget: RankBudget = 128,
+) -> tuple[Base]:  # fmt: skip
+    """A base whose transformer is a single file, such as a full fine-tune or one that was downloaded for ComfyUI."""
+    path = dict(listed_in(host.transformer_folders)).get(file.replace("\\", "/"))
+    if path is None:
+        where = ", ".join(map(str, host.transformer_folders))
+        raise ModelNotFound(f"There is no file {file[:200]!r} in {where}. Choose one of the list, or put it there.")
+    made = base_from_file(
+        host, path, like.removesuffix(ABSENT), dtype, host.device, placed(host, placement, quantise), vae_tiling, False,
+        compile, quantise, rank_budget, attention,
+    )  # fmt: skip
+    return (made,)
 
 
 def _check_stack(host: Host, rows: str = "[]", **_: Any) -> None:
@@ -141,13 +186,13 @@ def _check_stack(host: Host, rows: str = "[]", **_: Any) -> None:
 
 
 def _stamp_stack(host: Host, rows: str = "[]", **_: Any) -> Any:
-    return [(entry.adapter, entry.stamp) for entry in _rows(host, rows)]
+    return [(entry.name, entry.stamp) for entry in _rows(host, rows)]
 
 
 def _rows(host: Host, text: str, stack: LoraStack | None = None) -> LoraStack:
     try:
         rows = json.loads(text or "[]")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StackError(f"rows cannot be read as JSON ({error}); it is a list of objects, [] for none.") from None
     return stack_rows(host, rows, stack)
 
@@ -507,6 +552,29 @@ def _effect_line(host: Host, base: Base, adapter: str) -> str:
 
 def _range(value: Any) -> str:
     return f"{value[0]:g} to {value[-1]:g}" if isinstance(value, list) else f"{value:g}"
+
+
+@node(
+    "CogLoomNativeLora", "LoRA Stack on MODEL",
+    (
+        Out("model", "MODEL", "A clone with the adapters on it."),
+        Out("positive", "CONDITIONING", "The same, with the schedules attached."),
+        Out("negative", "CONDITIONING", "The same, with the schedules attached."),
+    ),
+    category="CogLoom/native", search=("load lora", "native", "KSampler"),
+)  # fmt: skip
+def lora_on_model(
+    host: Host,
+    model: Annotated[Any, Socket("MODEL", tip="ComfyUI's own CogVideoX, from Load Diffusion Model.")],
+    stack: StackIn,
+    positive: Annotated[Any, Socket("CONDITIONING", tip="Needed when the stack has schedules: they travel with it.")]
+    = None,
+    negative: Annotated[Any, Socket("CONDITIONING", tip="Needed when the stack has schedules: they travel with it.")]
+    = None,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """A CogLoom stack on ComfyUI's own CogVideoX model, for KSampler and every other core node: all layouts, blocks and
+    schedules, where ComfyUI's LoRA loader knows no CogVideoX adapter by its name."""
+    return native_lora(model, read_stack(stack), positive, negative)
 
 
 @node("CogLoomLoraSave", "Save LoRA", (), shows=True, search=("save lora", "merge lora", "export"))

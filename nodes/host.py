@@ -36,6 +36,11 @@ class Host(Protocol):
         ...
 
     @property
+    def transformer_folders(self) -> tuple[Path, ...]:
+        """Folders of single-file transformers."""
+        ...
+
+    @property
     def output_folder(self) -> Path: ...
 
     @property
@@ -54,6 +59,11 @@ class Host(Protocol):
     @property
     def device(self) -> str:
         """Where bases are to be held: one of `pipeline.DEVICES`."""
+        ...
+
+    @property
+    def placement(self) -> str:
+        """What `auto` is to mean here: one of `pipeline.PLACEMENTS`; `auto` leaves it to the memory that is free."""
         ...
 
     def seen(self, path: Path) -> dict[str, list[Any]]:
@@ -98,7 +108,9 @@ class LocalHost:
     cache_folder: Path = field(default_factory=lambda: _folders("COGLOOM_CACHE", ROOT / ".cache")[0])
     on_progress: Callable[[int, int, str, Look | None], None] | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+    transformer_folders: tuple[Path, ...] = field(default_factory=lambda: (ROOT / "models" / "diffusion_models",))
     device: str = "auto"
+    placement: str = "auto"
 
     @property
     def temp_folder(self) -> Path:

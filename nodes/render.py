@@ -190,6 +190,7 @@ def sample(
             },
             "base": {
                 "name": checkpoint.name,
+                "file": Path(base.file).name or None,
                 "transformer": resident.hash,
                 "vae": vae_hash,
                 "text_encoder": fingerprint(checkpoint.part("text_encoder")),
@@ -312,6 +313,28 @@ def read_record(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"the record inside {path} is broken ({error}).") from error
     return record
+
+
+def departures(record: dict[str, Any], like: dict[str, Any]) -> list[str]:
+    """What of a new clip's record is not as in the one it was made like, beyond settings: sentences, for the user to
+    know why frames may differ."""
+    found = []
+    for part in ("transformer", "vae", "text_encoder", "dtype", "device"):
+        now, then = record["base"].get(part), like["base"].get(part)
+        if then is not None and now != then:
+            found.append(f"the {part} is {_brief(now)} and was {_brief(then)}")
+    then = {lora["name"]: lora["sha256"] for lora in like["loras"]}
+    for lora in record["loras"]:
+        if lora["name"] in then and then[lora["name"]] != lora["sha256"]:
+            found.append(f"the adapter {lora['name']} is another file than it was")
+    for package, version in record["made_with"].items():
+        if like["made_with"].get(package) != version:
+            found.append(f"{package} is {version} and was {like['made_with'].get(package)}")
+    return found
+
+
+def _brief(text: Any) -> str:
+    return str(text)[:12]
 
 
 def shot_from(record: dict[str, Any]) -> Shot:

@@ -17,7 +17,7 @@ from nodes.engine.pipeline import bases
 from nodes.host import LocalHost
 from nodes.lora import stack_loras
 from nodes.model import choose_base
-from nodes.render import Shot, read_record, render, save, shot_from
+from nodes.render import Shot, departures, read_record, render, save, shot_from
 from tests import tiny
 
 SHOT = Shot("a red circle", steps=3, frames=9, seed=5)
@@ -231,3 +231,17 @@ def test_a_clip_without_a_record_is_refused(tmp_path: Path):
     path = write_video(torch.zeros(3, 16, 16, 3), tmp_path / "odd.mp4", 8, {"cogloom": '{"settings": {"evil": 1}}'})
     with pytest.raises(UsageError, match="broken"):
         read_record(path)
+
+
+def test_what_differs_from_the_clip_it_was_made_like_is_said(tiny_host: LocalHost):
+    adapter(tiny_host)
+    base = choose_base(tiny_host, "tiny-t2v")
+    stack = stack_loras(tiny_host, ["loud"])
+    record = render(tiny_host, base, stack, SHOT).record
+    assert departures(record, record) == []
+    adapter(tiny_host, seed=7)  # another file under the same name
+    changed = render(tiny_host, base, stack_loras(tiny_host, ["loud"]), SHOT).record
+    assert departures(changed, record) == ["the adapter loud is another file than it was"]
+    made_with, about = {**record["made_with"], "torch": "1.0"}, {**record["base"], "vae": "f" * 64}
+    older = {**record, "made_with": made_with, "base": about}
+    assert [text.split(" is ")[0] for text in departures(record, older)] == ["the vae", "torch"]

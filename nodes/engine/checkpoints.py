@@ -387,7 +387,7 @@ def _fingerprint(config: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
 
 
 class Weights(NamedTuple):
-    """Where a transformer's weights lie. `spelling` is tensor in the file -> parameter, None where they are the same."""
+    """Where a transformer's weights lie. `spelling` is tensor in the file -> parameter, None where they are alike."""
 
     files: tuple[Path, ...]
     spelling: Mapping[str, str] | None
@@ -400,7 +400,11 @@ def transformer_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def transformer_weights(checkpoint: Checkpoint) -> Weights:
-    """Of the checkpoint's folder, or of the file that stands in for it. Raises ModelNotFound, NotAModel, WrongFamily."""
+    """Of the checkpoint's folder, or of the file that stands in for it.
+
+    Raises:
+        ModelNotFound, NotAModel, WrongFamily
+    """
     if checkpoint.file is None:
         folder = checkpoint.part("transformer")
         return Weights(part_files(folder), None, part_bytes(folder))
