@@ -26,6 +26,7 @@ examples:
   python app.py demo
   python app.py render "a large cyan circle moving right on a navy background" --lora neon:0.8 --lora bounce -o clip.mp4
   python app.py render "the same again" --like clip.mp4 --seed 7
+  python app.py run workflow.json --set CogLoomSampler.seed=7   a ComfyUI workflow without ComfyUI
   python app.py models                          what is here, what could be downloaded
   python app.py loras                           the adapters, what they fit, their scale and why
   python app.py loras inspect neon              all there is to know of one
@@ -134,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--like", type=Path, metavar="CLIP",
                         help="take every setting from the record in this clip, then those given here")  # fmt: skip
     _base_options(render)
+
+    run = command("run", _run, "run a workflow of ComfyUI's without it: a .json, or a clip or picture that carries one")
+    run.add_argument("workflow", type=Path, metavar="FILE")
+    run.add_argument("--set", action="append", default=[], dest="changes", metavar="NODE.INPUT=VALUE",
+                     help="change a value; the node by its number, title or class; again for more")  # fmt: skip
+    run.add_argument("--json", action="store_true", help="print what the output nodes show, as data")
 
     models = command("models", _models, "list the bases on this machine and those that could be downloaded")
     models.add_argument("--download", metavar="ID", help="fetch a base from Hugging Face, such as zai-org/CogVideoX-2b")
@@ -292,6 +299,23 @@ def _render(host: LocalHost, args: argparse.Namespace) -> int:
     if record["verified"]:
         print(record["verified"])
     print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {path}")
+    return 0
+
+
+def _run(host: LocalHost, args: argparse.Namespace) -> int:
+    from nodes.workflow import read_workflow, run_workflow
+
+    graph, workflow = read_workflow(args.workflow)
+    shown = run_workflow(host, graph, workflow, args.changes)
+    _Bar.clear()
+    if args.json:
+        _print_json([done._asdict() for done in shown])
+        return 0
+    for done in shown:
+        for item in (*done.ui.get("images", ()), *done.ui.get("cogloom_clips", ())):
+            print(_plain(f"{done.title}: {Path(item['subfolder'], item['filename'])}"))
+        for text in done.ui.get("text", ()):
+            print(_plain(f"{done.title}: {text}"))
     return 0
 
 

@@ -78,6 +78,10 @@ class ComfyHost:
         return _folders("diffusion_models")
 
     @property
+    def input_folder(self) -> Path:
+        return Path(folder_paths.get_input_directory())
+
+    @property
     def output_folder(self) -> Path:
         return Path(folder_paths.get_output_directory())
 

@@ -41,6 +41,11 @@ class Host(Protocol):
         ...
 
     @property
+    def input_folder(self) -> Path:
+        """Pictures and clips that graphs start from."""
+        ...
+
+    @property
     def output_folder(self) -> Path: ...
 
     @property
@@ -96,8 +101,8 @@ def _folders(variable: str, default: Path) -> tuple[Path, ...]:
 class LocalHost:
     """The command line's host: folders beside the project, or where environment variables point.
 
-    COGLOOM_MODELS and COGLOOM_LORAS may list several folders (separated as in PATH), COGLOOM_OUTPUT and
-    COGLOOM_CACHE name one.
+    COGLOOM_MODELS and COGLOOM_LORAS may list several folders (separated as in PATH), COGLOOM_INPUT,
+    COGLOOM_OUTPUT and COGLOOM_CACHE name one.
     """
 
     model_folders: tuple[Path, ...] = field(
@@ -109,16 +114,14 @@ class LocalHost:
     on_progress: Callable[[int, int, str, Look | None], None] | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     transformer_folders: tuple[Path, ...] = field(default_factory=lambda: (ROOT / "models" / "diffusion_models",))
+    input_folder: Path = field(default_factory=lambda: _folders("COGLOOM_INPUT", ROOT / "input")[0])
+    tags: dict[str, str] = field(default_factory=dict)
     device: str = "auto"
     placement: str = "auto"
 
     @property
     def temp_folder(self) -> Path:
         return self.cache_folder / "temp"
-
-    @property
-    def tags(self) -> dict[str, str]:
-        return {}
 
     def seen(self, path: Path) -> dict[str, list[Any]]:
         return {"images": [{"filename": path.name, "subfolder": str(path.parent), "type": "file"}]}

@@ -171,10 +171,11 @@ def node(
     check: Callable[..., None] | None = None,
     stamp: Callable[..., Any] | None = None,
     search: tuple[str, ...] = (),
+    registry: dict[str, Node] = NODES,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        assert id not in NODES
-        NODES[id] = Node(id, title, category, outputs, run, shows, check, stamp, search)
+        assert id not in registry
+        registry[id] = Node(id, title, category, outputs, run, shows, check, stamp, search)
         return run
 
     return register

@@ -178,7 +178,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
         raise NotAModel(
             f"{folder.name}: no model_index.json in {folder} (it holds {found}). A base is a folder in diffusers "
-            "layout; single-file checkpoints are not one."
+            "layout; a transformer in a single file needs one that lends it the other parts."
         )
     index = _json(index_file)
     pipeline = str(index.get("_class_name", ""))

@@ -50,8 +50,8 @@ class PristineFiles:
                 try:
                     header = json.loads(handle.read(length))
                     for name, entry in header.items():
-                        parameter = name if spelling is None else spelling.get(name, "__metadata__")
-                        if parameter != "__metadata__":
+                        parameter = name if spelling is None else spelling.get(name)
+                        if parameter is not None and name != "__metadata__":
                             start, end = entry["data_offsets"]
                             dtype_, shape = STORED[entry["dtype"]], tuple(entry["shape"])
                             self._where[parameter] = _Where(file, dtype_, shape, 8 + length + start, end - start)
