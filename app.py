@@ -263,6 +263,11 @@ def _render(host: LocalHost, args: argparse.Namespace) -> int:
         shot = shot_from(like) if args.prompt is None else replace(shot_from(like), prompt=args.prompt)
         if args.prompt is None and "prompt_encoding" in like:
             raise UsageError(f"{args.like}: its prompt was encoded elsewhere and is not in the record; say a prompt.")
+        if like["base"].get("file") and not name:
+            raise UsageError(
+                f"{args.like}: its transformer was the single file {like['base']['file']}; say with --base which base "
+                "to use instead, or run the clip as a workflow: python app.py run FILE."
+            )
         loras = loras or entries_from(like)
         name = name or like["base"]["name"]
         _as_recorded(args, like)

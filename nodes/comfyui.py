@@ -3,6 +3,8 @@
 Everything here is thin: classes are made from schemas, errors are passed on, memory is lent and asked back.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import asyncio
@@ -62,7 +64,7 @@ class ComfyHost:
 
     def __init__(self, node: str | None = None, prompt: Any = None, workflow: Any = None) -> None:
         self._node, self._prompt, self._workflow = node, prompt, workflow
-        self._bar: comfy.utils.ProgressBar | None = None
+        self._bar: Any = None
         self._previews: Callable[[Look], Any] | None = None
 
     @property
@@ -155,8 +157,7 @@ class ComfyHost:
     def progress(self, done: int, total: int, what: str, preview: Look | None = None) -> None:
         if self._node is None:
             return
-        if self._bar is None:
-            self._bar = comfy.utils.ProgressBar(total)
+        bar = self._bar = self._bar or comfy.utils.ProgressBar(total)
         picture = None
         if preview is not None:
             self._animate(done, total, preview)
@@ -166,7 +167,7 @@ class ComfyHost:
         elif done == 0 and what:
             log.info("%s", what)
             _say(self._node, what)
-        self._bar.update_absolute(done, total, picture)
+        bar.update_absolute(done, total, picture)
 
     def _animate(self, done: int, total: int, look: Look) -> None:
         """The whole clip so far, for the page to play: ComfyUI's own preview message holds one picture."""

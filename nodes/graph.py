@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -151,8 +152,20 @@ def transformer_names(host: Host) -> list[str]:
     return [name for name, _ in listed_in(host.transformer_folders)]
 
 
+def _transformer(host: Host, name: str) -> Path:
+    path = dict(listed_in(host.transformer_folders)).get(name.replace("\\", "/"))
+    if path is None:
+        where = ", ".join(map(str, host.transformer_folders))
+        raise ModelNotFound(f"There is no file {name[:200]!r} in {where}. Choose one of the list, or put it there.")
+    return path
+
+
+def _stamp_file(host: Host, file: str | None = None, **_: Any) -> Any:
+    return None if file is None else file_stamp(_transformer(host, file))[:2]
+
+
 @node(
-    "CogLoomBaseFile", "CogVideoX Base from File", (BASE_OUT,), category="CogLoom/native",
+    "CogLoomBaseFile", "CogVideoX Base from File", (BASE_OUT,), category="CogLoom/native", stamp=_stamp_file,
     search=("diffusion model", "unet loader", "single file"),
 )  # fmt: skip
 def base_file(
@@ -170,13 +183,9 @@ def base_file(
     rank_budget: RankBudget = 128,
 ) -> tuple[Base]:  # fmt: skip
     """A base whose transformer is a single file, such as a full fine-tune or one that was downloaded for ComfyUI."""
-    path = dict(listed_in(host.transformer_folders)).get(file.replace("\\", "/"))
-    if path is None:
-        where = ", ".join(map(str, host.transformer_folders))
-        raise ModelNotFound(f"There is no file {file[:200]!r} in {where}. Choose one of the list, or put it there.")
     made = base_from_file(
-        host, path, like.removesuffix(ABSENT), dtype, host.device, placed(host, placement, quantise), vae_tiling, False,
-        compile, quantise, rank_budget, attention,
+        host, _transformer(host, file), like.removesuffix(ABSENT), dtype, host.device,
+        placed(host, placement, quantise), vae_tiling, False, compile, quantise, rank_budget, attention,
     )  # fmt: skip
     return (made,)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .engine import VERSION
-from .engine.checkpoints import DEMO_FOLDER, Checkpoint, find_checkpoint, part_files
+from .engine.checkpoints import DEMO_FOLDER, Checkpoint, find_checkpoint
 from .engine.effect import StackEffect, stack_effect
 from .engine.errors import AdapterMismatch, AdapterNotFound, AdapterUnreadable, StackError, UsageError
 from .engine.lora_cache import AdapterCache
@@ -30,8 +30,7 @@ from .engine.lora_file import (
 )
 from .engine.lora_index import Index, Row, scale_from, settle
 from .engine.lora_stack import Entry, LoraStack, parse
-from .engine.pipeline import Base
-from .engine.pristine import PristineFiles
+from .engine.pipeline import Base, pristine_files
 from .engine.sat import convert
 from .engine.switch import Norms
 from .host import Host
@@ -377,7 +376,7 @@ def measure_stack(host: Host, base: Base, stack: LoraStack) -> StackEffect:
         AdapterNotFound, AdapterUnreadable, AdapterMismatch, NotAModel
     """
     checkpoint = base.checkpoint()
-    pristine = PristineFiles(part_files(checkpoint.part("transformer")), torch.float32)
+    pristine = pristine_files(checkpoint, torch.float32)
     shapes, family = pristine.shapes(), checkpoint.family
     wanted = []
     for adapter, entry in read_stack(stack):

@@ -14,7 +14,7 @@ import torch
 
 from .engine.checkpoints import FAMILIES, could_be, find_checkpoint, with_file
 from .engine.errors import StackError, WrongFamily
-from .engine.lora_file import Adapter, fit
+from .engine.lora_file import Adapter, fit, stamp
 from .engine.lora_stack import Blocks, Entry, Steps
 from .engine.native import Part, add, flat, native_names, whole
 from .engine.pipeline import Base
@@ -48,7 +48,7 @@ def base_from_file(
     checkpoint = with_file(find_checkpoint(like, host.model_folders), file)
     return Base(
         checkpoint.name, str(checkpoint.folder), dtype, device, placement, vae_slicing, vae_tiling, compile, quantise,
-        rank_budget, attention, str(file),
+        rank_budget, attention, str(file), stamp(file)[:2],
     )  # fmt: skip
 
 

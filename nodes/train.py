@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine import dataset
-from .engine.checkpoints import fingerprint
+from .engine.checkpoints import fingerprint, transformer_hash
 from .engine.errors import UsageError, WrongFamily
 from .engine.finetune import Result, Settings, TrainableBase
 from .engine.finetune import train as finetune
@@ -98,7 +98,7 @@ def trainable(base: Base) -> TrainableBase:
         encode_prompts=encode,
         scheduler_config=scheduler,
         name=checkpoint.name,
-        base_hash=fingerprint(checkpoint.part("transformer")),
+        base_hash=transformer_hash(checkpoint),
         task="i2v" if checkpoint.family.task == "i2v" else "t2v",
         max_text_length=checkpoint.text_length,
         encoder_hash=fingerprint(checkpoint.part("text_encoder")),

@@ -24,6 +24,7 @@ ALLOWED: Mapping[str, Node] = {**NODES, **CORE}
 CAP = 16 << 20  # bytes of a workflow's JSON
 NODES_CAP = 2_000
 _DEPTH = 20  # of subgraphs in subgraphs
+_HOPS = 200  # from reroute to reroute, and in and out of subgraphs
 
 _NOTES = ("Note", "MarkdownNote")
 _MUTED, _BYPASSED = 2, 4
@@ -188,8 +189,8 @@ class _Flat:
         return None if link is None else self._follow(prefix, link, 0)
 
     def _follow(self, prefix: str, link: Any, hops: int) -> Any:
-        if hops > NODES_CAP:
-            raise WorkflowError("A reroute leads round in a circle.")
+        if hops > _HOPS:
+            raise WorkflowError(f"More than {_HOPS} reroutes in a row; they may lead round in a circle.")
         try:
             origin, slot = self._links[prefix][link]
         except KeyError:
@@ -439,7 +440,7 @@ def run_workflow(
         values[step.id] = result.outputs if isinstance(result, Shown) else result
         if isinstance(result, Shown):
             shown.append(Done(step.id, step.title, result.ui))
-        for feeder in _feeders(step):  # frames are large, and a long graph has many
+        for feeder in set(_feeders(step)):  # frames are large, and a long graph has many
             left[feeder] -= 1
             if not left[feeder]:
                 values.pop(feeder, None)

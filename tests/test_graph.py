@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import nodes.graph as graph
 from nodes.engine import video
@@ -298,6 +300,34 @@ def test_info_tells_what_a_file_is_and_whether_it_fits(graph_host: LocalHost):
     (other,) = run(graph_host, "CogLoomBase", checkpoint="cogloom-demo")
     (text,) = run(graph_host, "CogLoomLoraInfo", adapter="one", base=other)
     assert "tensors fit cogloom-demo" in text
+
+
+def test_a_single_file_is_a_base_and_another_if_overwritten(graph_host: LocalHost, tmp_path: Path):
+    folder = graph_host.model_folders[0] / "tiny-t2v" / "transformer"
+    (weights,) = folder.glob("*.safetensors")
+    graph_host.transformer_folders = (tmp_path / "diffusion_models",)
+    file = tmp_path / "diffusion_models" / "mine.safetensors"
+    file.parent.mkdir()
+    shutil.copyfile(weights, file)
+    node = NODES["CogLoomBaseFile"]
+    (base,) = run(graph_host, "CogLoomBaseFile", file="mine.safetensors", like="tiny-t2v")
+    assert node.stamp is not None
+    before = node.stamp(graph_host, file="mine.safetensors")
+    positive, negative = run(graph_host, "CogLoomPrompt", base=base, prompt=PROMPT)
+    sampler = SHORT | {"positive": positive, "negative": negative}
+    (latent,) = run(graph_host, "CogLoomSampler", base=base, **sampler)
+    assert torch.equal(latent["samples"], sampled(graph_host)[1]["samples"])
+    assert latent["cogloom"]["record"]["base"]["file"] == "mine.safetensors"
+    tensors = {name: tensor * 1.1 for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    assert node.stamp(graph_host, file="mine.safetensors") != before
+    (other,) = run(graph_host, "CogLoomBaseFile", file="mine.safetensors", like="tiny-t2v")
+    (changed,) = run(graph_host, "CogLoomSampler", base=other, **sampler)
+    assert not torch.equal(changed["samples"], latent["samples"])
+    assert [one.base for one in bases.resident() if one.base.file] == [other]
+    for name in ("gone.safetensors", "../mine.safetensors", str(file)):
+        with pytest.raises(ModelNotFound, match="no file"):
+            run(graph_host, "CogLoomBaseFile", file=name, like="tiny-t2v")
 
 
 def test_the_list_of_checkpoints_begins_with_the_demo_and_marks_what_is_absent(graph_host: LocalHost):

@@ -68,6 +68,7 @@ class Base:
     rank_budget: int = 128  # ranks of a stack held at run time that are compiled in beforehand
     attention: str = "auto"  # a kernel of scaled_dot_product_attention, or what PyTorch thinks best
     file: str = ""  # of a transformer, which stands in for that of `folder`; see `checkpoints.with_file`
+    stamp: tuple[int, ...] = ()  # of that file, its size and mtime: an overwritten one is another base
 
     def __post_init__(self) -> None:
         for value, legal, what in (
@@ -427,6 +428,9 @@ class Bases:
         if base in self._resident:
             self._resident.move_to_end(base)
             return self._resident[base]
+        for other in list(self._resident):
+            if other.file and other.file == base.file and other.stamp != base.stamp:
+                self.unload(other)  # what it was loaded from is gone
         checkpoint = base.checkpoint()
         placement = self._plan(base, checkpoint)
         note(f"loading {checkpoint.name}: {placement.reason}")
