@@ -149,9 +149,8 @@ class ComfyHost:
         comfy.model_management.free_memory(needed * 1.1, comfy.model_management.get_torch_device())
 
     def holds(self, resident: Resident) -> None:
-        lent = _lent.setdefault(resident.base, Lent(resident))
-        if lent.resident() is not resident:
-            lent = _lent[resident.base] = Lent(resident)
+        lent = _lent.setdefault(resident.base, Lent(resident.base))
+        lent.take(resident)
         comfy.model_management.load_models_gpu([lent])
 
     def progress(self, done: int, total: int, what: str, preview: Look | None = None) -> None:
@@ -229,6 +228,10 @@ def _previewer(look: Look) -> Callable[[Look], Any]:
 _lent: dict[Base, Lent] = {}
 
 
+class CogVideoX:
+    """Stands for a transformer in ComfyUI's list; its name is what the log shows."""
+
+
 class Lent:
     """A resident base as `comfy.model_management` sees its models, so that it is counted and can be asked to go.
 
@@ -238,35 +241,39 @@ class Lent:
 
     parent = None
 
-    def __init__(self, resident: Resident) -> None:
-        self.resident = weakref.ref(resident)
-        self.base = resident.base
+    def __init__(self, base: Base) -> None:
+        self.base, self._bytes = base, 0
         self.load_device = comfy.model_management.get_torch_device()
         self.offload_device = torch.device("cpu")
+        # Not the transformer: ComfyUI cleans its list when `model` dies, and that must not happen in the middle of its
+        # own `free_memory`, which is when the transformer does. So this, and the Lent with it, is kept for good.
+        self.model = CogVideoX()
+        self._resident: weakref.ref[Resident] | None = None
+
+    def take(self, resident: Resident) -> None:
+        self._resident = weakref.ref(resident)
         modules = (resident.transformer, resident.vae)
         self._bytes = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
     @property
-    def model(self) -> torch.nn.Module | None:
-        resident = self.resident()
-        return None if resident is None else resident.transformer
+    def resident(self) -> Resident | None:
+        return None if self._resident is None else self._resident()
 
     def model_size(self) -> int:
         return self._bytes
 
     def loaded_size(self) -> int:
-        return 0 if self.resident() is None else self._bytes
+        return 0 if self.resident is None else self._bytes
 
     def current_loaded_device(self) -> torch.device:
-        return self.load_device
+        return self.offload_device if self.resident is None else self.load_device
 
     def model_dtype(self) -> torch.dtype:
-        resident = self.resident()
-        return torch.float32 if resident is None else resident.dtype
+        return torch.float32 if self.resident is None else self.resident.dtype
 
     def detach(self, unpatch_all: bool = True) -> None:
         if unpatch_all:  # False comes at every reuse, and is no wish to have it gone
-            _lent.pop(self.base, None)
+            self._resident = None
             bases.unload(self.base)
 
     def partially_unload(self, device: torch.device, memory_to_free: int = 0, **_: Any) -> int:

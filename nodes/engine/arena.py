@@ -178,11 +178,10 @@ class Arenas:
         if module.kind != "lora" or module.factor_rank != layout.rows:
             return None
         up, down = _factors(module)
-        ready = all(
-            t.dtype == self._dtype and t.device == self._device and t.is_contiguous() and t.data_ptr() % 64 == 0
-            for t in (up, down)
-        )
-        return (down, up) if ready else None
+        return (down, up) if self._ready(up) and self._ready(down) else None
+
+    def _ready(self, t: torch.Tensor) -> bool:
+        return t.dtype == self._dtype and t.device == self._device and t.is_contiguous() and t.data_ptr() % 64 == 0
 
     def finish(self, layout: Layout, strength: Callable[[int, str], float]) -> None:
         """Set the weights: `strength(number of the slot, layer path)`."""
@@ -199,8 +198,8 @@ class Arenas:
             self._table.copy_(table)
             return
         self._table = table = table.to(self._device)
-        for n, path in enumerate(self._order):
-            self._layers[path].s = table[n if len(table) > 1 else 0]
+        for path, row in zip(self._order, table.unbind() * (len(self._order) // len(table)), strict=True):
+            self._layers[path].s = row
 
     def set_weights(self, weights: Sequence[float]) -> None:
         """One number per slot, the same in every layer: what a slider does, and all it costs. On the processor, for a

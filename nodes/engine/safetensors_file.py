@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -17,7 +18,9 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .errors import AdapterError, AdapterNotFound, AdapterUnreadable
@@ -40,12 +44,15 @@ _CHUNK = 1 << 20  # bytes
 _WINDOW, _WINDOWS = 4 << 10, 64  # bytes, and how many of them a fingerprint looks through
 _HUGE = 4 << 20  # bytes; what is smaller is not worth pages of 2 MiB
 _LARGE = 256 << 20  # bytes; for less it is not asked whether there is room
-_PART = 8 << 20  # bytes that are read at a time, a multiple of every dtype's size
+_PAGE = 2 << 20  # bytes
+_SPARE = 128 << 20  # bytes of memory that adapters gave back and the next may have: one of rank 128 for CogVideoX-2b
+_PART = 4 << 20  # bytes that are read at a time, a multiple of every dtype's size
 _HEADER_KEPT = 256 << 10  # bytes; longer ones are not remembered
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _TORCH = FLOATS | WHOLE
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _BYTES = {name: dtype.itemsize for name, dtype in _TORCH.items()} | {
     **{"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1},
     **{"U16": 2, "U32": 4, "U64": 8, "C64": 8},
@@ -65,6 +72,9 @@ _MAGICS = (  # what a file that is no safetensors begins with, and what to say
     (b"GGUF", "a GGUF file. Only .safetensors files are read"),
     (b"<", "a web page, not the file itself. Download it again with the site's download button"),
 )
+
+_spare: dict[int, np.ndarray] = {}  # areas that nobody looks at, by when they came back
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,12 @@ class Source:
             except (RuntimeError, OSError):
                 raise _refusal(self.path, f"no memory for its {count:,} bytes") from None
             dtypes = {spec.dtype for spec in self.tensors.values()}
-            done, peak = self._fill(body, FLOATS.get(dtypes.pop()) if len(dtypes) == 1 else None)
+            tensors: dict[str, torch.Tensor] = {}
+            done, peak = self._fill(
+                body,
+                FLOATS.get(dtypes.pop()) if len(dtypes) == 1 else None,
+                lambda: tensors.update((name, _view(body, self.tensors[name])) for name in keep),
+            )
             if done != count:
                 raise self._changed("got shorter")
             status = os.fstat(self._file.fileno())
@@ -148,29 +163,56 @@ class Source:
                 raise self._changed("grew")
             if status.st_mtime_ns != self._modified:
                 raise self._changed("was written to")
-            tensors = {name: _view(body, self.tensors[name]) for name in keep}
-        copied = sum(t.nbytes for t in tensors.values() if t.untyped_storage().data_ptr() != body.data_ptr())
+            copied = 0
+            for name, tensor in tensors.items():
+                spec = self.tensors[name]
+                if spec.begin % tensor.itemsize:
+                    tensor.view(-1).view(torch.uint8).copy_(body[spec.begin : spec.end])
+                    copied += tensor.nbytes
         return Content(tensors, len(self._head) + count + copied, peak, self._head, body)
 
-    def _fill(self, body: torch.Tensor, dtype: torch.dtype | None) -> tuple[int, float | None]:
-        """Read the data, as much as there is, and look through it when all of it is of one dtype: one thread reads the
-        next part while this one is looked through. More readers are no faster, tried with two.
+    def _fill(
+        self, body: torch.Tensor, dtype: torch.dtype | None, meanwhile: Callable[[], None]
+    ) -> tuple[int, float | None]:
+        """Read the data, as much as there is, and look through it when all of it is of one dtype, in two threads: each
+        looks through a part while that is in its core's cache. Where one read and the other looked, it took a quarter
+        longer. `meanwhile` is called while the helper is at work.
 
         Returns:
             bytes read; the largest size of an element, NaN where there is one, None without a dtype.
         """
-        view, peaks, done = body.numpy().data, [], 0
-        self._file.seek(len(self._head))
-        parts = [view[at : at + _PART] for at in range(0, len(view), _PART)]
-        with ThreadPoolExecutor(1) if len(parts) > 1 else contextlib.nullcontext() as reader:
-            for count in reader.map(self._file.readinto, parts) if reader else map(self._file.readinto, parts):
-                part = body[done : done + count]
+        array, starts, lock = body.numpy(), iter(range(0, len(body), _PART)), threading.Lock()
+
+        def work() -> tuple[int, int]:
+            done = peak = 0
+            for at in starts:  # whose next is one step to Python, so that both get parts of their own
+                part = array[at : at + _PART]
+                count = self._read_at(part.data, len(self._head) + at, lock)
                 done += count
-                if dtype is not None and count and count % dtype.itemsize == 0:
-                    low, high = map(float, torch.aminmax(part.view(dtype)))  # 20 times faster than isfinite().all()
-                    peaks.append(max(-low, high))
-        # Python's max drops a NaN that does not come first.
-        return done, None if dtype is None else math.nan if any(map(math.isnan, peaks)) else max(peaks, default=0.0)
+                if dtype is not None and count == len(part):
+                    peak = max(peak, _magnitude(part, dtype.itemsize))
+            return done, peak
+
+        with ThreadPoolExecutor(1) if len(array) > _PART else contextlib.nullcontext() as helper:
+            its = helper.submit(work) if helper else None
+            meanwhile()
+            done, peak = work()
+            if its:
+                done, peak = done + its.result()[0], max(peak, its.result()[1])
+        if dtype is None:
+            return done, None
+        return done, torch.tensor(peak, dtype=_INTEGERS[dtype.itemsize]).view(dtype).item()
+
+    def _read_at(self, part: memoryview, at: int, lock: threading.Lock) -> int:
+        """Bytes that were there to be read."""
+        if not hasattr(os, "preadv"):  # Windows
+            with lock:
+                self._file.seek(at)
+                return self._file.readinto(part)
+        done = 0
+        while count := os.preadv(self._file.fileno(), [part[done:]], at + done):
+            done += count
+        return done
 
     def numbers(self, names: Iterable[str]) -> dict[str, float]:
         """The values of tensors of one element each, and nothing else of the data.
@@ -194,20 +236,65 @@ class Source:
 
 
 def _private(count: int) -> torch.Tensor:
-    """Memory of our own, (count,) uint8. In huge pages where Linux has them: most of the time of a read goes into the
-    page faults of fresh memory (56 MiB: 26 ms in pages of 4 KiB, 5 ms in pages of 2 MiB). No file is mapped."""
-    if count < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    """Memory of our own, (count,) uint8: where an adapter lay that is gone, if it was about as large; else fresh.
+
+    Most of the time of a read goes into the page faults of fresh memory (56 MiB: 26 ms in pages of 4 KiB, 5 ms in the
+    pages of 2 MiB that Linux has at times, 0 where others lay before), so a little of it is kept. Whatever is made of
+    the result, a view, a storage or an array, holds `loan` alive, and only its end brings the area back.
+    """
+    if count < _HUGE:
         return torch.empty(count, dtype=torch.uint8)
+    area = _taken(count)
+    if area is None:
+        area = _fresh(-(-count // _PAGE) * _PAGE)
+    loan = area[:count]
+    weakref.finalize(loan, _bring_back, area).atexit = False
+    return torch.from_numpy(loan)
+
+
+def _fresh(count: int) -> np.ndarray:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=torch.uint8).numpy()  # begins at a multiple of 64 bytes, as numpy's own do not
     area = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel built without them; small pages do as well
         area.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(area, dtype=torch.uint8)
+    return np.frombuffer(area, np.uint8)
+
+
+def _taken(count: int) -> np.ndarray | None:
+    """The one that came back last of those that waste an eighth at most: for what lies there beyond `count`, nobody
+    accounts."""
+    for number in sorted(_spare, reverse=True):
+        area = _spare.get(number)
+        fits = area is not None and count <= len(area) <= count + max(count // 8, _PAGE)
+        if fits and _spare.pop(number, None) is not None:  # else another thread was quicker
+            return area
+    return None
+
+
+def _bring_back(area: np.ndarray) -> None:
+    """Called when the last tensor goes, in any thread and, by the garbage collector, between any two lines: so there
+    is no lock, and each step is one call that Python makes whole."""
+    if len(area) > _SPARE:
+        return
+    _spare[next(_numbers)] = area
+    while sum(map(len, list(_spare.values()))) > _SPARE:
+        _spare.pop(min(list(_spare), default=0), None)
+
+
+def _magnitude(part: np.ndarray, itemsize: int) -> int:
+    """The bits of the largest size of a float in `part`, without its sign. Without their sign floats are in the order
+    of their bits, and NaN comes after infinity; integers are compared twice as fast as torch.aminmax does with bf16."""
+    positive, negative = (int(part.view(f"{kind}{itemsize}").max()) for kind in "iu")
+    return max(positive, negative & (1 << 8 * itemsize - 1) - 1)
 
 
 def _view(body: torch.Tensor, spec: Spec) -> torch.Tensor:
-    dtype, part = _TORCH[spec.dtype], body[spec.begin : spec.end]
-    aligned = spec.begin % dtype.itemsize == 0  # the body itself is, to 16 bytes at least
-    return (part if aligned else part.clone()).view(dtype).view(spec.shape)
+    """Of the body, which may still be empty; room for a copy where it is not aligned to the dtype."""
+    dtype = _TORCH[spec.dtype]
+    if spec.begin % dtype.itemsize:  # the body itself is aligned, to 16 bytes at least
+        return torch.empty(spec.shape, dtype=dtype)
+    return body[spec.begin : spec.end].view(dtype).view(spec.shape)
 
 
 def sha256_of(path: Path) -> str:
