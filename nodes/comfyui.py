@@ -26,13 +26,12 @@ import torch
 from comfy.cli_args import args as comfy_args
 from server import PromptServer
 
-from . import graph as _graph
+from . import graph as _graph  # noqa: F401  its import fills NODES
+from . import page
 from .engine.checkpoints import part_bytes
-from .engine.errors import AdapterNotFound, Cancelled, CogLoomError, UsageError
-from .engine.lora_stack import Blocks, Steps
+from .engine.errors import AdapterNotFound, Cancelled, CogLoomError
 from .engine.pipeline import DEVICES, Base, Resident, bases
 from .engine.preview import Look
-from .lora import adapter_row, adapter_rows, find_adapter, picture_of
 from .schema import NODES, Choice, Field, Flag, Input, Node, Number, Shown, Socket, Text, Whole, sentence
 
 log = logging.getLogger("cogloom")
@@ -401,14 +400,14 @@ def _widget(one: Input, host: ComfyHost) -> tuple[Any, dict[str, Any]]:
 # --- what the page asks -----------------------------------------------------------------------------------------------
 
 
-def _answer(look: Callable[[dict[str, str]], Any]) -> Callable[[Any], Awaitable[Any]]:
+def _answer(look: Callable[[ComfyHost, dict[str, str]], Any]) -> Callable[[Any], Awaitable[Any]]:
     """A handler: reads files, so not in the event loop; errors of ours are sentences with a status."""
     from aiohttp import web
 
-    @functools.wraps(look)
     async def handler(request: Any) -> Any:
+        ask = functools.partial(look, ComfyHost(), dict(request.query))
         try:
-            found = await asyncio.get_running_loop().run_in_executor(None, look, dict(request.query))
+            found = await asyncio.get_running_loop().run_in_executor(None, ask)
         except AdapterNotFound as error:
             return web.json_response({"error": sentence(error)}, status=404)
         except CogLoomError as error:
@@ -418,82 +417,10 @@ def _answer(look: Callable[[dict[str, str]], Any]) -> Callable[[Any], Awaitable[
     return handler
 
 
-def _base_name(query: dict[str, str]) -> str | None:
-    return query.get("base", "").removesuffix(_graph.ABSENT) or None
-
-
-def _adapters(query: dict[str, str]) -> Any:
-    return adapter_rows(ComfyHost(), _base_name(query))
-
-
-def _adapter(query: dict[str, str]) -> Any:
-    name = query.get("name", "")
-    return {**adapter_row(ComfyHost(), name, _base_name(query)), "name": name, "error": None}
-
-
-def _picture(query: dict[str, str]) -> Path:
-    picture = picture_of(find_adapter(ComfyHost(), query.get("name", "")))
-    if picture is None:
-        raise AdapterNotFound("There is no picture beside this adapter.")
-    return picture
-
-
-def _curve(query: dict[str, str]) -> Any:
-    steps, total = Steps.parse(query.get("steps", "")), query.get("total", "30")
-    if not total.isascii() or not total.isdigit() or not 0 < int(total[:6]) <= 1000:
-        raise UsageError("total is a number of steps from 1 to 1000.")
-    return {"steps": str(steps), "factors": list(steps.over(int(total)))}
-
-
-def _blocks(query: dict[str, str]) -> Any:
-    blocks = Blocks.parse(query.get("blocks", ""))
-    name = _base_name(query)
-    count = 30
-    if name is not None:
-        from .engine.checkpoints import find_checkpoint
-
-        checkpoint = find_checkpoint(name, ComfyHost().model_folders)
-        count = checkpoint.family.blocks
-        blocks.check(count, checkpoint.name)
-    parts = {"attention": "attn1.to_q", "feed_forward": "ff.net.2"}
-    factors = {
-        part: [blocks.factor(f"transformer_blocks.{n}.{layer}.weight") for n in range(count)]
-        for part, layer in parts.items()
-    }
-    return {"blocks": str(blocks), "factors": factors}
-
-
-def _status(query: dict[str, str]) -> Any:
-    residents = bases.resident()
-    return {
-        "loads": bases.loads,
-        "bases": [
-            {
-                "name": one.checkpoint.name,
-                "dtype": one.placement.dtype,
-                "device": one.placement.device,
-                "placement": one.placement.kind,
-                "note": one.placement.reason,
-                "held": [list(pair) for pair in one.switch.names],
-            }
-            for one in residents
-        ],
-        "swap_ms": None if bases.last_swap is None else bases.last_swap.seconds * 1000,
-    }
-
-
 def _open_routes() -> None:
     """All of them GET, and none writes: who can reach ComfyUI can ask them."""
-    routes = PromptServer.instance.routes
-    for name, look in (
-        ("adapters", _adapters),
-        ("adapter", _adapter),
-        ("picture", _picture),
-        ("curve", _curve),
-        ("blocks", _blocks),
-        ("status", _status),
-    ):
-        routes.get(f"/cogloom/{name}")(_answer(look))
+    for name, look in page.ANSWERS.items():
+        PromptServer.instance.routes.get(f"/cogloom/{name}")(_answer(look))
 
 
 _register_folders()
