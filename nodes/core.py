@@ -3,6 +3,7 @@ ComfyUI's, and so is the order of inputs."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -73,6 +74,33 @@ def repeat_image_batch(
 ) -> tuple[torch.Tensor]:
     """A batch several times over."""
     return (image.repeat(amount, 1, 1, 1),)
+
+
+@node("LoadVideo", "Load Video", (Out("VIDEO", "VIDEO", "A clip."),), registry=CORE)
+def load_video(
+    host: Host,
+    file: Annotated[str, Choice(input_names, others=True, tip="A clip in the input folder.")],
+) -> tuple[Clip]:
+    """A clip of the input folder."""
+    frames, fps = video.read_video(_input(host, file))
+    return (Clip(frames, fps, {}),)
+
+
+@node(
+    "GetVideoComponents",
+    "Get Video Components",
+    (
+        Out("images", "IMAGE", "The frames."),
+        Out("audio", "AUDIO", "Sound, which is not read here."),
+        Out("fps", "FLOAT", "Frames per second."),
+    ),
+    registry=CORE,
+)
+def video_components(
+    host: Host, video: Annotated[Clip, Socket("VIDEO", tip="A clip.")]
+) -> tuple[torch.Tensor, None, float]:
+    """A clip taken apart."""
+    return video.frames, None, video.fps
 
 
 @node("CreateVideo", "Create Video", (Out("VIDEO", "VIDEO", "A clip."),), registry=CORE)
