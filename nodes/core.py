@@ -32,13 +32,17 @@ def load_image(
     image: Annotated[str, Choice(input_names, others=True, tip="A picture in the input folder.")],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A picture of the input folder. Its mask is empty here: none of our nodes reads one."""
-    name = image.removesuffix(" [input]")
+    picture = video.read_image(_input(host, image))[None]
+    return picture, torch.zeros(1, *picture.shape[1:3])
+
+
+def _input(host: Host, name: str) -> Path:
+    name = name.removesuffix(" [input]")
     if name.endswith("]"):
         raise UsageError(
             f"{name!r} lies in another folder of ComfyUI's; copy it to the input folder and name it alone."
         )
-    picture = video.read_image(contained(host.input_folder, name))[None]
-    return picture, torch.zeros(1, *picture.shape[1:3])
+    return contained(host.input_folder, name)
 
 
 @node("EmptyImage", "EmptyImage", IMAGE_OUT, registry=CORE)
