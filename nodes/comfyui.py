@@ -64,6 +64,7 @@ class ComfyHost:
     def __init__(self, node: str | None = None, prompt: Any = None, workflow: Any = None) -> None:
         self._node, self._prompt, self._workflow = node, prompt, workflow
         self._bar: Any = None
+        self._said = False
         self._previews: Callable[[Look], Any] | None = None
 
     @property
@@ -164,8 +165,14 @@ class ComfyHost:
             picture = self._previews(preview)
         elif done == 0 and what:
             log.info("%s", what)
+            self._said = True
             _say(self._node, what)
         bar.update_absolute(done, total, picture)
+
+    def finish(self) -> None:
+        """Under the node stays not what it was last busy with, but what it cost."""
+        if self._said and self._node is not None and bases.last_swap is not None:
+            _say(self._node, f"base loads: {bases.loads} · last swap: {bases.last_swap.seconds * 1000:.1f} ms")
 
     def _animate(self, done: int, total: int, look: Look) -> None:
         """The whole clip so far, for the page to play: ComfyUI's own preview message holds one picture."""
@@ -325,6 +332,7 @@ def _class(node: Node) -> type:
                 raise comfy.model_management.InterruptProcessingException() from None
             except CogLoomError as error:
                 raise type(error)(sentence(error)) from error
+        host.finish()
         return {"ui": dict(result.ui), "result": result.outputs} if isinstance(result, Shown) else result
 
     def validate(cls: type, **values: Any) -> bool | str:

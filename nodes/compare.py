@@ -38,7 +38,7 @@ def compare(
     """
     arms = []
     for number, (label, stack) in enumerate(stacks):
-        label = label or f"{chr(ord('A') + number)}: {named(stack)}"
+        label = label or f"{'ABCD'[number]}: {named(stack)}"
         host.progress(0, 1, label)
         sampled = sample(host, base, stack, shot, encoded=encoded)
         frames = decode(host, base, sampled.samples)

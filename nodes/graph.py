@@ -149,7 +149,8 @@ def placed(host: Host, placement: str, quantise: str) -> str:
 
 
 def transformer_names(host: Host) -> list[str]:
-    return [name for name, _ in listed_in(host.transformer_folders)]
+    names = [name for name, _ in listed_in(host.transformer_folders)]
+    return names or ["(none in models/diffusion_models)"]  # an empty list shows as "undefined"
 
 
 def _transformer(host: Host, name: str) -> Path:
