@@ -1,4 +1,4 @@
-"""CogLoom at the command line: CogVideoX with LoRA adapters, stacked on a base that is loaded once.
+"""CogLoom: CogVideoX with LoRA adapters, stacked on a base that is loaded once. Without a command, the app opens.
 
 Every command is a thin face of a node function in `nodes/`.
 """
@@ -23,6 +23,7 @@ from nodes.host import LocalHost
 
 EPILOG = """
 examples:
+  python app.py                                 the app, in your browser
   python app.py demo
   python app.py render "a large cyan circle moving right on a navy background" --lora neon:0.8 --lora bounce -o clip.mp4
   python app.py render "the same again" --like clip.mp4 --seed 7
@@ -43,9 +44,8 @@ exit codes: 0 done, 1 failed (one paragraph on stderr says why), 2 wrong argumen
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
-    if args.command is None:
-        parser.print_help()
-        return 0
+    if args.command is None:  # at most with --traceback
+        args = parser.parse_args([*(sys.argv[1:] if arguments is None else arguments), "ui"])
     host = LocalHost()
     bar = _Bar()
     host.on_progress = bar
@@ -96,6 +96,19 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, formatter_class=form, parents=[common])
         sub.set_defaults(run=run)
         return sub
+
+    ui = command("ui", _ui, "open the app in a browser; the same as no command")
+    ui.add_argument("--port", type=int, default=7860, help="default 7860")
+    ui.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS",
+                    help="where others may reach it, such as 0.0.0.0; needs --auth")  # fmt: skip
+    ui.add_argument("--auth", metavar="USER:PASSWORD", help="who may use it; better in COGLOOM_AUTH, which no list of "
+                    "processes shows")  # fmt: skip
+    ui.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                    help="a name by which this machine is reached besides its own, such as a proxy's")  # fmt: skip
+    ui.add_argument("--mcp", action="store_true", help="offer the API as tools over MCP, too; needs gradio[mcp]")
+    ui.add_argument("--queue", type=int, default=16, metavar="N", help="how many may wait for their turn; default 16")
+    ui.add_argument("--open", action=argparse.BooleanOptionalAction, default=None,
+                    help="open the browser; by default when started from a terminal")  # fmt: skip
 
     demo = command("demo", _demo, "render the demo: one base, its adapters alone, stacked, and at several weights")
     demo.add_argument("--prompt", help="what to show; the toy world knows sizes, colours, shapes, motions, backgrounds")
@@ -219,6 +232,15 @@ def _base_options(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="with --compile and --quantise: ranks of a stack that never compile anew; default 128",
     )
+
+
+def _ui(host: LocalHost, args: argparse.Namespace) -> int:
+    from ui.app import serve
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server has its own way to end
+    opens = sys.stdout.isatty() if args.open is None else args.open
+    auth = args.auth or os.environ.get("COGLOOM_AUTH")
+    return serve(host, args.port, args.listen, auth, args.mcp, opens, args.queue, args.allow_host)
 
 
 def _demo(host: LocalHost, args: argparse.Namespace) -> int:

@@ -1,0 +1,48 @@
+"""What the tabs Adapters, Workflows and Train share: their parts of the page, plain text, and how errors are shown."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gradio as gr
+
+from nodes.engine.errors import CogLoomError
+from nodes.schema import sentence
+
+CAP = 2_000  # characters of a stranger's text that are shown
+
+
+def part(kind: str, value: Any, **more: Any) -> Any:
+    """`kind` is a function of static/more.js. The markup is fixed, and values are put in as text there: a placeholder
+    of gr.HTML is no place for a stranger's text, for what Handlebars escapes is then read as a JavaScript template,
+    where `${…}` runs."""
+    load = f"import('/cogloom/static/more.js').then((m) => m.{kind}({{ element, props, trigger, watch }}));"
+    markup = f'<div class="cl-part cm-more cl-{kind}"></div>'
+    return gr.HTML(value, html_template=markup, js_on_load=load, apply_default_css=False, **more)
+
+
+def check_uploads(ui: Any) -> None:
+    """A page says where its upload lies. Gradio looks whether it is one of its own only in Blocks that were launched,
+    and ours are mounted: without this, any file of the machine could be named."""
+    ui.page.has_launched = True
+
+
+def plain(value: Any, cap: int = CAP) -> str:
+    """A stranger's text to look at: what is not printable is spelt out (what turns the direction of writing, too), and
+    what is very long is cut, with its length."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    length = len(text)
+    text = "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text[:cap]
+    )  # fmt: skip
+    return text if length <= cap else f"{text}… ({length:,})"
+
+
+def notes(*lines: str, level: str = "fine") -> dict[str, Any]:
+    """For the `notes` part. level: fine, warn or bad."""
+    return {"level": level, "lines": [line for line in lines if line]}
+
+
+def failed(error: CogLoomError) -> dict[str, Any]:
+    return notes(sentence(error), level="bad")
