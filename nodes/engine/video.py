@@ -437,7 +437,7 @@ def _png_tags(path: Path) -> dict[str, str]:
     try:
         with Image.open(path) as picture:
             picture.load()  # text may stand behind the pixels
-            return {name.lower(): str(text) for name, text in picture.info.items() if isinstance(text, str)}
+            return {str(name).lower(): str(text) for name, text in picture.info.items() if isinstance(text, str)}
     except Exception as error:  # as in read_image
         raise Unreadable(f"{path.name}: not a PNG that can be read ({error}); copy it again.") from error
 
