@@ -309,17 +309,20 @@ def prompt(
     """Encode a prompt with the base's own text encoder, once per prompt: the encodings are kept on disk."""
     if clip is not None:
         positive, other = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, negative))
-        return _tell(positive, prompt), _tell(other, negative)
+        return _tell(positive, prompt, own=False), _tell(other, negative, own=False)
     positive, other = (
-        _tell([[one.states, {}]], one.text or "") for one in encode(host, base, [prompt, negative])
+        _tell([[one.states, {}]], one.text or "", own=True) for one in encode(host, base, [prompt, negative])
     )  # fmt: skip
     return positive, other
 
 
-def _tell(conditioning: list[Any], text: str) -> list[Any]:
+def _tell(conditioning: list[Any], text: str, own: bool) -> list[Any]:
     """The text travels with its encoding, and that encoding's hash: what another node changes is not that text any
     more, and a record must not say so."""
-    return [[states, {**extra, "cogloom": {"text": text, "sha256": hash_of(states)}}] for states, extra in conditioning]
+    return [
+        [states, {**extra, "cogloom": {"text": text, "own": own, "sha256": hash_of(states)}}]
+        for states, extra in conditioning
+    ]
 
 
 def _encoded(conditioning: Any, what: str) -> Encoded:
@@ -336,7 +339,7 @@ def _encoded(conditioning: Any, what: str) -> Encoded:
         raise UsageError(f"{what} has {', '.join(strange)}, which CogVideoX cannot follow. Connect a plain encoding.")
     told = extra.get("cogloom")
     known = isinstance(told, dict) and told.get("sha256") == hash_of(states)
-    return Encoded(states.clone(), told["text"] if known else None)
+    return Encoded(states.clone(), told["text"], told["own"]) if known else Encoded(states.clone())
 
 
 def _pair(positive: Any, negative: Any) -> tuple[Encoded, Encoded | None]:

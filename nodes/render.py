@@ -115,11 +115,12 @@ class Sampled:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A prompt that is encoded already: (1, text_length, D). `text` is None when it is not known, since somebody else
-    encoded it."""
+    """A prompt that is encoded already: (1, text_length, D). `text` is None when it is not known; `own` is whether the
+    base's own encoder made it, so that the text alone gives it again."""
 
     states: torch.Tensor
     text: str | None = None
+    own: bool = False
 
 
 def encode(host: Host, base: Base, texts: Sequence[str]) -> list[Encoded]:
@@ -129,7 +130,7 @@ def encode(host: Host, base: Base, texts: Sequence[str]) -> list[Encoded]:
         ModelError
     """
     states = bases.encode(base, texts, host.cache_folder, lambda text: host.progress(0, 1, text))
-    return [Encoded(state[None], text) for state, text in zip(states, texts, strict=True)]
+    return [Encoded(state[None], text, own=True) for state, text in zip(states, texts, strict=True)]
 
 
 def sample(
@@ -229,7 +230,7 @@ def sample(
             "fps": checkpoint.family.fps,
             "notes": notes,
         }
-        if encoded is not None and encoded[0].text is None:
+        if encoded is not None and not encoded[0].own:
             record["prompt_encoding"] = hash_of(encoded[0].states.float())
         samples = samples_of(latents, scale)
         seconds = time.perf_counter() - started
@@ -269,6 +270,8 @@ def _with_encoded(
     """Settings that tell the texts where they are known, and the encodings (1 or 2, text_length, D)."""
     if positive.text is None:
         notes.append("the prompt was encoded elsewhere; its text is not known here, and so not in this record")
+    elif not positive.own:
+        notes.append("the prompt was encoded by another text encoder than the base's own")
     if settings.guidance > 1 and negative is None:
         raise UsageError(
             "Guidance above 1 needs a negative prompt; connect one (an empty text is one), or set guidance to 1."
