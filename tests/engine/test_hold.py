@@ -98,7 +98,7 @@ def test_an_adapter_that_comes_late_shares_the_steps_before(adapters: LocalHost,
     for name, stack in (("late", late), ("alone", alone)):
         kept = seen.setdefault(name, [])
         adapters.on_progress = lambda done, total, what, preview, kept=kept: (
-            kept.append(torch.as_tensor(preview)) if preview is not None else None
+            kept.append(preview.latents.clone()) if preview is not None else None
         )
         seen[name + " clip"] = [render(adapters, base, stack, SHOT).frames]
     adapters.on_progress = None
