@@ -27,8 +27,8 @@ from nodes.schema import sentence
 
 from . import parts
 from .app import Ui
-from .start import _uploaded as uploaded
-from .tab_parts import check_uploads, failed, notes, part, plain
+from .start import uploaded
+from .tab_parts import failed, notes, part, plain
 from .text import text
 
 PICKLED = [".safetensors", ".pt", ".bin", ".pth", ".ckpt"]
@@ -38,7 +38,6 @@ QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 
 
 def build(ui: Ui) -> None:
-    check_uploads(ui)
     folders = ui.folders
     with ui.said(gr.Tab(id="adapters", elem_id="cl-tab-adapters"), label="tab_adapters") as tab:
         with gr.Row(elem_classes="cl-columns"):

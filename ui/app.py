@@ -184,6 +184,9 @@ def application_of(
         mcp_server=mcp, max_file_size=UPLOAD, allowed_paths=[str(folders.output_folder.resolve())],
         footer_links=["api"], theme=_theme(), head=_page_head(), show_error=True,
     )  # fmt: skip
+    # Gradio looks whether a file that a page names is an upload of its own only in Blocks that were launched, and these
+    # are mounted: without this, any file of the machine could be named.
+    page.has_launched = True
     mounted: list[Any] = [getattr(route, "app", None) for route in application.routes]
     inner = next(one for one in mounted if getattr(one, "blocks", None) is page)
     signed_in(inner if user else None)

@@ -94,6 +94,3 @@ def _check_size(file: Path) -> None:
         raise UsageError(f"This is not a picture that can be read ({type(error).__name__}).") from error
     if width * height > PIXELS:
         raise UsageError(f"The picture has {width}×{height} pixels; at most {PIXELS:,}.")
-
-
-_uploaded = uploaded

@@ -22,12 +22,6 @@ def part(kind: str, value: Any, **more: Any) -> Any:
     return gr.HTML(value, html_template=markup, js_on_load=load, apply_default_css=False, **more)
 
 
-def check_uploads(ui: Any) -> None:
-    """A page says where its upload lies. Gradio looks whether it is one of its own only in Blocks that were launched,
-    and ours are mounted: without this, any file of the machine could be named."""
-    ui.page.has_launched = True
-
-
 def plain(value: Any, cap: int = CAP) -> str:
     """A stranger's text to look at: what is not printable is spelt out (what turns the direction of writing, too), and
     what is very long is cut, with its length."""

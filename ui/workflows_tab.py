@@ -22,8 +22,8 @@ from . import stack as stacks
 from .app import Ui
 from .render_tab import failed as broken
 from .render_tab import shown_of
-from .start import _uploaded as uploaded
-from .tab_parts import check_uploads, failed, notes, part, plain
+from .start import uploaded
+from .tab_parts import failed, notes, part, plain
 from .text import field_text, node_title, text
 from .work import Watch
 
@@ -34,7 +34,6 @@ Row = list[str]  # node's key, its title, input, value: what the table holds
 
 
 def build(ui: Ui) -> None:
-    check_uploads(ui)
     with ui.said(gr.Tab(id="workflows", elem_id="cl-tab-workflows"), label="tab_workflows"):
         ui.said(gr.Markdown(elem_classes="cl-hint"), value="workflow_hint")
         with gr.Row(elem_classes="cl-columns"):
