@@ -20,6 +20,7 @@ from .engine.denoise import decode as decode_samples
 from .engine.errors import GeometryError, UsageError
 from .engine.lora_stack import Asked, LoraStack
 from .engine.pipeline import Base, Swap, bases
+from .engine.trunk import Trunk
 from .host import Host, contained
 from .lora import read_stack
 
@@ -141,10 +142,11 @@ def sample(
     verify: bool = False,
     encoded: tuple[Encoded, Encoded | None] | None = None,
     start: torch.Tensor | None = None,
+    trunk: tuple[Trunk, int] | None = None,
 ) -> Sampled:
     """Load the base if it is not resident, make it hold the stack, denoise. With `verify`, prove afterwards that the
     transformer is what base and stack make of it; the record says so. `encoded` are the prompt and the negative one,
-    in place of the shot's texts; `start` are latents to change, as `Sampled` has them.
+    in place of the shot's texts; `start` are latents to change, as `Sampled` has them; `trunk` is `denoise`'s.
 
     Raises:
         GeometryError, ModelError, AdapterError, StackError, Cancelled. Nothing is left half done: the base keeps the
@@ -179,14 +181,14 @@ def sample(
         scale = resident.vae.config.scaling_factor
         begun = None if start is None else latents_of(start, scale)
         latents = denoise(
-            session, settings, shot.image, shot.video, progress, host.check_cancelled, states, begun
+            session, settings, shot.image, shot.video, progress, host.check_cancelled, states, begun, trunk
         )  # fmt: skip
         chosen, held = dict(session.holds), {held.adapter.name: held.hold for held in resident.switch.held}
         record = {
             "made_with": {
                 "cogloom": VERSION,
                 "torch": torch.__version__,
-                "diffusers": _version("diffusers"),
+                "diffusers": version_of("diffusers"),
                 "python": platform.python_version(),
             },
             "base": {
@@ -375,7 +377,7 @@ def hash_of(value: torch.Tensor | None) -> str | None:
     return None if value is None else hashlib.sha256(value.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     from importlib.metadata import version
 
     return version(package)

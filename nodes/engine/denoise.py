@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from .checkpoints import Checkpoint
 from .errors import GeometryError, NotEnoughMemory, UsageError, WrongFamily
 from .pipeline import Session
+from .trunk import Trunk
 
 SCHEDULERS = ("ddim", "dpm")
 MAX_STEPS = 1000
@@ -101,11 +102,12 @@ def denoise(
     check: Callable[[], None] = lambda: None,
     states: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
+    trunk: tuple[Trunk, int] | None = None,
 ) -> torch.Tensor:
     """Run the steps. `image` (H, W, 3) and `video` (F, H, W, 3) are float32 in [0, 1] of any size; they are cropped
     around the middle and scaled. `states` (1 or 2, text_length, D) are the encodings of the prompt and, when guidance
     needs it, of the negative one; by default they are made here. `start` (1, F', C, h, w) are latents to change, in
-    place of a video that was decoded.
+    place of a video that was decoded. `trunk` keeps the outputs of so many first steps, and lends those it has.
 
     Returns:
         Latents (1, F', C, h, w) on the base's device, in its dtype, without the padding of 1.5.
@@ -131,7 +133,8 @@ def denoise(
     scheduler = _scheduler(checkpoint, settings.scheduler)
     # The pipeline guesses its device from its parts; under offload that guess may be where the weights rest (meta).
     lent = type(kind.__name__, (kind,), {"_execution_device": property(lambda _: device)})
-    pipe: Any = lent(None, None, resident.vae, resident.transformer, scheduler)
+    transformer = resident.transformer if trunk is None else trunk[0].over(resident, trunk[1])
+    pipe: Any = lent(None, None, resident.vae, transformer, scheduler)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     padding = -shape.frames % (checkpoint.family.patch_size_t or 1)

@@ -15,6 +15,7 @@ CogLoomError
 │   ├── AdapterUnreadable broken, hostile, or of a kind that is not read
 │   └── AdapterMismatch   made for another base
 ├── StackError            a stack that cannot be right, or a swap that failed (the earlier stack is active again)
+├── StudyError            a study's folder that holds another one, or is broken
 ├── WorkflowError         a graph that cannot be run; the node's title is in the message
 ├── MediaError            pictures and video files
 │   ├── DiskFull
@@ -88,6 +89,10 @@ class AdapterMismatch(AdapterError):
 
 
 class StackError(CogLoomError):
+    pass
+
+
+class StudyError(CogLoomError):
     pass
 
 

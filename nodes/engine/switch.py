@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -257,6 +257,11 @@ class Switch:
     def names(self) -> tuple[tuple[str, float], ...]:
         """(adapter, weight) of what the transformer holds."""
         return self._names
+
+    @property
+    def state(self) -> tuple[tuple[Any, ...], ...]:
+        """What is held and how, as a value: transformers with equal ones predict the same, to the bit."""
+        return tuple((_content(one.adapter), one.strengths, one.hold) for one in self.held)
 
     def pristine(self, name: str) -> torch.Tensor:
         """A parameter as a fresh load would give it, on the CPU, to keep."""

@@ -38,15 +38,11 @@ pandas, for what is a small Newton iteration. So it is our own.
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import json
 import math
-import os
-import sys
-import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from itertools import combinations, pairwise
@@ -58,7 +54,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
-from .files import cannot_write
+from .files import append_line
 from .statistics import POWER, Interval, Key, about, jsonable, plural, student_quantile, wilson
 
 CHOICES = ("left", "right", "tie", "bad")
@@ -119,56 +115,15 @@ class Log:
         return tuple({(vote.judge, vote.pair): vote for vote in self.votes}.values())
 
 
-_appending = threading.Lock()
-
-
 def append(path: Path, vote: Vote) -> None:
     """Add one line and flush it to the disk. What was in the file stays; a line that was torn before is ended first.
 
     Raises:
         DiskFull, UsageError: it cannot be written.
     """
-    line = json.dumps(asdict(vote), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOINHERIT", 0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, flags, 0o644)
-        try:
-            with _appending, _locked(file):
-                size = os.fstat(file).st_size
-                if size:
-                    os.lseek(file, size - 1, os.SEEK_SET)
-                    line = line if os.read(file, 1) == b"\n" else b"\n" + line
-                while line:
-                    line = line[os.write(file, line) :]
-                os.fsync(file)
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-@contextlib.contextmanager
-def _locked(file: int) -> Iterator[None]:
-    """Against other processes. Windows' O_APPEND is a seek and a write, between which another may write."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        beyond = 2**31 - 2  # locks there are mandatory: a byte that nobody reads
-        os.lseek(file, beyond, os.SEEK_SET)
-        msvcrt.locking(file, msvcrt.LK_LOCK, 1)
-        try:
-            yield
-        finally:
-            os.lseek(file, beyond, os.SEEK_SET)
-            msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
-    else:
-        import fcntl
-
-        # Let go when the file is closed. Where a file system has no locks, O_APPEND alone keeps votes apart.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    append_line(
+        path, json.dumps(asdict(vote), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    )
 
 
 def read(path: Path) -> Log:
