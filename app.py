@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 import textwrap
@@ -20,6 +19,7 @@ from nodes.engine import VERSION
 from nodes.engine.errors import CogLoomError, UsageError
 from nodes.engine.files import write_atomic
 from nodes.host import LocalHost
+from ui.terminal import Bar, plain, print_json, say_error, width
 
 EPILOG = """
 examples:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.command is None:  # at most with --traceback
         args = parser.parse_args([*(sys.argv[1:] if arguments is None else arguments), "ui"])
     host = LocalHost()
-    bar = _Bar()
+    bar = Bar()
     host.on_progress = bar
     previous = _stop_on_interrupt(host)
     try:
@@ -56,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bar.close()
         if args.traceback:
             raise
-        _say_error(str(error))
+        say_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         bar.close()
-        _say_error("Stopped.")
+        say_error("Stopped.")
         return 130
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bar.close()
         if args.traceback:
             raise
-        _say_error(
+        say_error(
             f"{type(error).__name__}: {error}. This is a defect in CogLoom, not in what you did; "
             "run the same command with --traceback and report what it prints."
         )
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--traceback", action="store_true", help="on an error, show where in the code it arose")
 
     def form(prog: str) -> argparse.HelpFormatter:
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=min(_width(), 110))
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=min(width(), 110))
 
     parser = argparse.ArgumentParser(
         prog="python app.py", description=__doc__, epilog=EPILOG, formatter_class=form, parents=[common]
@@ -204,6 +204,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add_settings(train)
     _base_options(train)
+
+    from ui.commands import add_commands
+
+    add_commands(command, _base_options)
     return parser
 
 
@@ -249,7 +253,7 @@ def _demo(host: LocalHost, args: argparse.Namespace) -> int:
     prompt = args.prompt or PROMPT
     print(f"“{prompt}”, seed {args.seed}\n")
     shown = showcase(host, prompt, args.seed)
-    _Bar.clear()
+    Bar.clear()
     print(f"base: {shown.base}, {shown.placement}; loaded in {shown.load_seconds:.2f} s\n")
     print("clips")
     for clip in shown.clips:
@@ -310,19 +314,19 @@ def _render(host: LocalHost, args: argparse.Namespace) -> int:
     clip = render(host, base, stack, replace(shot, **given), args.verify)
     differs = departures(clip.record, like) if like else []
     path = save(host, clip, path=args.output)
-    _Bar.clear()
+    Bar.clear()
     record, swap = clip.record, clip.swap
     about = record["base"]
     quantised = "" if about["quantise"] == "none" else f", {about['quantise']}"
-    print(_plain(f"base: {about['name']} ({about['dtype']}{quantised} on {about['device']})"))
+    print(plain(f"base: {about['name']} ({about['dtype']}{quantised} on {about['device']})"))
     for lora in record["loras"]:
         how = "".join(f" [{key} {lora[key]}]" for key in ("blocks", "steps") if lora[key])
-        print(_plain(f"adapter: {lora['name']} {lora['weight']:g}{how}, used {lora['tensors']} tensors, scale "
+        print(plain(f"adapter: {lora['name']} {lora['weight']:g}{how}, used {lora['tensors']} tensors, scale "
                      f"{lora['scale']}; {lora['hold']}, {lora['hold_reason']}"))  # fmt: skip
     if record["loras"] and swap:
         print(f"put on in {swap.seconds * 1000:.1f} ms")
     for note in [*record["notes"], *(f"unlike {args.like.name}: {what}" for what in differs)]:
-        print(textwrap.fill(_plain(f"note: {note}"), _width(), subsequent_indent="  ", break_on_hyphens=False))
+        print(textwrap.fill(plain(f"note: {note}"), width(), subsequent_indent="  ", break_on_hyphens=False))
     if record["verified"]:
         print(record["verified"])
     print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {path}")
@@ -334,15 +338,15 @@ def _run(host: LocalHost, args: argparse.Namespace) -> int:
 
     graph, workflow = read_workflow(args.workflow)
     shown = run_workflow(host, graph, workflow, args.changes)
-    _Bar.clear()
+    Bar.clear()
     if args.json:
-        _print_json([done._asdict() for done in shown])
+        print_json([done._asdict() for done in shown])
         return 0
     for done in shown:
         for item in (*done.ui.get("images", ()), *done.ui.get("cogloom_clips", ())):
-            print(_plain(f"{done.title}: {Path(item['subfolder'], item['filename'])}"))
+            print(plain(f"{done.title}: {Path(item['subfolder'], item['filename'])}"))
         for text in done.ui.get("text", ()):
-            print(_plain(f"{done.title}: {text}"))
+            print(plain(f"{done.title}: {text}"))
     return 0
 
 
@@ -378,20 +382,20 @@ def _loras(host: LocalHost, args: argparse.Namespace) -> int:
 
     rows = describe_adapters(host)
     if args.json:
-        _print_json([{"path": str(row.path), **(row.about or {"error": row.error})} for row in rows])
+        print_json([{"path": str(row.path), **(row.about or {"error": row.error})} for row in rows])
         return 0
     for about in (row.about for row in rows if row.about):
         rank = "" if about["rank"] == [] else f" rank {_range(about['rank'])}"
         fits = ", ".join(about["fits"]) or f"no base that is known (width {about['width']})"
-        print(_plain(f"{about['name']:<24} {about['kind'] + rank:<16} fits {fits}"))
-        print(_plain(f"{'':<24} scale {about['scale_reason']}"))
+        print(plain(f"{about['name']:<24} {about['kind'] + rank:<16} fits {fits}"))
+        print(plain(f"{'':<24} scale {about['scale_reason']}"))
         if about["trigger_words"]:
-            print(_plain(f"{'':<24} triggers: {', '.join(about['trigger_words'])}"))
+            print(plain(f"{'':<24} triggers: {', '.join(about['trigger_words'])}"))
     broken = [row for row in rows if row.error]
     for row in broken:
-        print(textwrap.fill(_plain(f"not read: {row.error}"), _width(), subsequent_indent="  "))
+        print(textwrap.fill(plain(f"not read: {row.error}"), width(), subsequent_indent="  "))
     of_them = f", {len(broken)} more not read" if broken else ""
-    print(_plain(f"\n{len(rows) - len(broken)} adapters{of_them}; your own go into {host.lora_folders[0]}"))
+    print(plain(f"\n{len(rows) - len(broken)} adapters{of_them}; your own go into {host.lora_folders[0]}"))
     return 0
 
 
@@ -400,7 +404,7 @@ def _inspect(host: LocalHost, args: argparse.Namespace) -> int:
 
     about = inspect_adapter(host, _named(args.name), anywhere=True)
     if args.json:
-        _print_json(about)
+        print_json(about)
         return 0
     number, _, reason = about["scale_reason"].partition(": ")
     rank = "" if about["rank"] == [] else f" rank {_range(about['rank'])},"
@@ -409,7 +413,7 @@ def _inspect(host: LocalHost, args: argparse.Namespace) -> int:
     if about["unused"]:
         words.append(f"not used: {_short(', '.join(about['unused']))}")
     for text in words:
-        print(textwrap.fill(_plain(text), _width(), subsequent_indent="  ", break_on_hyphens=False))
+        print(textwrap.fill(plain(text), width(), subsequent_indent="  ", break_on_hyphens=False))
     blocks = "" if about["blocks"] is None else f", {about['blocks']} blocks"
     told = {
         "name": about["name"],
@@ -422,9 +426,9 @@ def _inspect(host: LocalHost, args: argparse.Namespace) -> int:
     }
     print()
     for key, value in told.items():
-        print(_plain(f"{key:<14} {_short(value)}"))
+        print(plain(f"{key:<14} {_short(value)}"))
     for key, value in about["metadata"].items():
-        print(_plain(f"{'metadata':<14} {_short(key)} = {_short(value)}"))
+        print(plain(f"{'metadata':<14} {_short(key)} = {_short(value)}"))
     return 0
 
 
@@ -437,15 +441,15 @@ def _scale(host: LocalHost, args: argparse.Namespace) -> int:
     settled = settle_adapter(host, _named(args.name), args.value, words, args.notes, anywhere=True)
     after = settled.about["scale_reason"]
     if args.json:
-        _print_json({"path": str(settled.path), "before": settled.before, "after": after, "about": settled.about})
+        print_json({"path": str(settled.path), "before": settled.before, "after": after, "about": settled.about})
         return 0
     same = after == settled.before
-    print(_plain(f"{settled.path.name}: scale {after}" + (", as before" if same else "")))
+    print(plain(f"{settled.path.name}: scale {after}" + (", as before" if same else "")))
     if not same:
-        print(textwrap.fill(_plain(f"before: {settled.before}"), _width(), subsequent_indent="  "))
+        print(textwrap.fill(plain(f"before: {settled.before}"), width(), subsequent_indent="  "))
     for what in ("trigger_words", "notes"):
         if said := settled.about[what]:
-            print(_plain(f"{what.replace('_', ' ')}: {_short(', '.join(said) if isinstance(said, list) else said)}"))
+            print(plain(f"{what.replace('_', ' ')}: {_short(', '.join(said) if isinstance(said, list) else said)}"))
     return 0
 
 
@@ -464,20 +468,20 @@ def _effect(host: LocalHost, args: argparse.Namespace) -> int:
         data = asdict(found)
         for one in (data, *data["each"]):
             one["cells"] = [[block, part, size] for (block, part), size in one["cells"].items()]
-        _print_json({"adapters": names, **data})
+        print_json({"adapters": names, **data})
         return 0
     rows = [*zip(names, found.each, strict=True), *([("together", found)] if len(names) > 1 else [])]
     for name, one in rows:
         parts = ", ".join(f"{part} {size:.3g}" for part, size in one.parts.items())
-        print(_plain(f"{name:<24} {one.overall:<8.3g} of its layers' size ({parts})"))
+        print(plain(f"{name:<24} {one.overall:<8.3g} of its layers' size ({parts})"))
         peak = max(one.blocks.values(), default=0.0) or 1.0
         for block, size in one.blocks.items():
             print(f"  block {block!s:<6} {size:<10.3g} {'█' * round(40 * size / peak)}")
         if one.warning:
-            print(textwrap.fill(_plain(one.warning), _width(), initial_indent="  ", subsequent_indent="  "))
+            print(textwrap.fill(plain(one.warning), width(), initial_indent="  ", subsequent_indent="  "))
     for pair in found.overlap:
         first, second = names[pair.first], names[pair.second]
-        print(_plain(f"{first} and {second}: cosine {pair.overall:+.3f} (1 the same, -1 one undoes the other)"))
+        print(plain(f"{first} and {second}: cosine {pair.overall:+.3f} (1 the same, -1 one undoes the other)"))
     return 0
 
 
@@ -487,18 +491,18 @@ def _convert(host: LocalHost, args: argparse.Namespace) -> int:
     if not args.source:
         raise UsageError("Which file? Name a SAT checkpoint, a .pt or .bin, or a safetensors adapter.")
     report = convert_adapter(host, args.source, args.output, args.alpha, args.force)
-    _Bar.clear()
+    Bar.clear()
     if args.json:
-        _print_json(report)
+        print_json(report)
         return 0
     used, total = report["tensors_used"], report["tensors_total"]
-    print(_plain(f"{report['layout']}: used {used:,}/{total:,} tensors, rank {_range(report['rank'])}"))
+    print(plain(f"{report['layout']}: used {used:,}/{total:,} tensors, rank {_range(report['rank'])}"))
     if report["unused"]:
-        print(_plain(f"not used: {total - used:,}, such as {report['unused'][0]}"))
-    print(_plain(f"scale {report['scale_reason']}"))
+        print(plain(f"not used: {total - used:,}, such as {report['unused'][0]}"))
+    print(plain(f"scale {report['scale_reason']}"))
     sizes = (f"{report[key] / 1e6:,.{0 if report[key] > 1e7 else 3}f} MB" for key in ("source_bytes", "target_bytes"))
     print(" -> ".join(sizes))
-    print(_plain(report["target"]))
+    print(plain(report["target"]))
     return 0
 
 
@@ -530,10 +534,10 @@ def _doctor(host: LocalHost, args: argparse.Namespace) -> int:
     else:
         for finding in findings:
             mark = {"ok": "ok  ", "warn": "note", "fail": "FAIL"}[finding.state]
-            text = _plain(f"{mark}  {finding.topic}: {finding.text}")
-            print(textwrap.fill(text, _width(), subsequent_indent="      "))
+            text = plain(f"{mark}  {finding.topic}: {finding.text}")
+            print(textwrap.fill(text, width(), subsequent_indent="      "))
             if finding.remedy:
-                print(textwrap.fill(_plain(f"      {finding.remedy}"), _width(), subsequent_indent="      "))
+                print(textwrap.fill(plain(f"      {finding.remedy}"), width(), subsequent_indent="      "))
     return 1 if any(f.state == "fail" for f in findings) else 0
 
 
@@ -543,7 +547,7 @@ def _train(host: LocalHost, args: argparse.Namespace) -> int:
 
     base = choose_base(host, **_base(args, args.base))
     result = train(host, base, args.data, args.name, settings_from(args), out=args.out, fresh=args.fresh)
-    _Bar.clear()
+    Bar.clear()
     print(f"{result.steps} steps in {result.seconds:.0f} s")
     if result.validation:
         (_, first), (_, last) = result.validation[0], result.validation[-1]
@@ -581,31 +585,6 @@ def _short(value: Any) -> str:
     return textwrap.shorten(str(value), 200, placeholder=" …")
 
 
-def _plain(text: str) -> str:
-    """Names and texts come from strangers' files: nothing that moves the cursor, or turns the direction of writing."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def _print_json(value: Any) -> None:
-    """Readable beyond ASCII; what is not printable is escaped as JSON does it, which leaves DEL and C1 as they are."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-
-    def escaped(c: str) -> str:
-        raw = c.encode("utf-16-be", "surrogatepass").hex()
-        return "".join(f"\\u{raw[i : i + 4]}" for i in range(0, len(raw), 4))
-
-    print("".join(c if c.isprintable() or c == "\n" else escaped(c) for c in text))
-
-
-def _width() -> int:
-    return max(60, shutil.get_terminal_size((100, 24)).columns)
-
-
-def _say_error(message: str) -> None:
-    message = _plain(" ".join(message.split()))
-    print(textwrap.fill(f"error: {message}", _width(), break_long_words=False, break_on_hyphens=False), file=sys.stderr)
-
-
 def _stop_on_interrupt(host: LocalHost) -> Any:
     """The first Ctrl-C asks the work to stop within a step, so that nothing is left half done; a second one insists."""
 
@@ -615,31 +594,6 @@ def _stop_on_interrupt(host: LocalHost) -> Any:
         host.stop.set()
 
     return signal.signal(signal.SIGINT, stop)
-
-
-class _Bar:
-    """One line of progress on stderr; on a terminal it redraws, elsewhere it keeps quiet."""
-
-    def __init__(self) -> None:
-        self._what = ""
-
-    def __call__(self, done: int, total: int, what: str, preview: Any = None) -> None:
-        if not sys.stderr.isatty():
-            return
-        share = done / total if total else 1.0
-        filled = round(share * 24)
-        line = f"{what:<28.60} {'█' * filled}{'░' * (24 - filled)} {done}/{total}"
-        sys.stderr.write(f"\r\x1b[2K{line[: _width() - 1]}")
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        self.clear()
-
-    @staticmethod
-    def clear() -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
 
 
 if __name__ == "__main__":

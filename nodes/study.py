@@ -13,97 +13,29 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from .engine import VERSION, measures, video
+from .engine import VERSION, dataset, heldout, measures, video
 from .engine.checkpoints import fingerprint, transformer_hash
 from .engine.denoise import Settings
 from .engine.errors import CogLoomError, StudyError, UsageError
 from .engine.files import write_atomic
-from .engine.lora_stack import LoraStack
+from .engine.lora_stack import Asked, LoraStack
 from .engine.pipeline import DTYPES, Base, bases, choose_device
 from .engine.study import Arm, Cell, Key, Plan, Study, common_steps, items, latents_file, step_counts, steps_of
 from .engine.trunk import Trunk
 from .host import Host, contained
-from .lora import adapter_cache
+from .lora import adapter_cache, read_stack, stack_loras
+from .model import choose_base
 from .render import Shot, decode, hash_of, sample, settings_for, version_of
 
 if TYPE_CHECKING:
     from .engine.preview import Look
 
 FOLDER = "studies"  # in the host's output folder
-BASE = "base"  # the label of the arm without adapters
-VARIED = ("steps", "guidance", "dynamic_guidance", "scheduler", "frames", "width", "height", "strength", "negative")
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What varies between arms, which are all combinations of it.
-
-    stacks: (label, stack); a label of "" is made from the stack. weights: each replaces the weights of a stack, an
-    entry's own being its share. vary: settings of VARIED, with their values. base_too: an arm without adapters as well.
-    """
-
-    stacks: tuple[tuple[str, LoraStack], ...] = ()
-    weights: tuple[float, ...] = ()
-    vary: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    base_too: bool = True
-    axis: str = "stack"  # what the stacks are: "checkpoint", where they are one run's
-
-
-def arms_of(sweep: Sweep) -> tuple[Arm, ...]:
-    """All combinations, the base first; what would be the same twice is there once. Hashes are added by `plan_study`.
-
-    Raises:
-        UsageError: a setting that cannot be varied, or no arm. StackError
-    """
-    for name, values in sweep.vary:
-        if name not in VARIED:
-            raise UsageError(f"{name!r} cannot be varied; {', '.join(VARIED)} can.")
-        if not values:
-            raise UsageError(f"{name}: no value to vary over.")
-    settings = [dict(zip((n for n, _ in sweep.vary), v, strict=True)) for v in product(*(v for _, v in sweep.vary))]
-    found: list[tuple[str, LoraStack, tuple[tuple[str, str], ...]]] = []
-    if sweep.base_too or not sweep.stacks:
-        found.append((BASE, LoraStack(), ((sweep.axis, BASE),) if sweep.stacks else ()))
-    for label, stack in sweep.stacks:
-        name = label or named(stack, weights=not sweep.weights)
-        at = ((sweep.axis, name),) if len(sweep.stacks) > 1 or not sweep.weights or sweep.base_too else ()
-        if not sweep.weights:
-            found.append((name, stack, at))
-        for weight in sweep.weights:
-            scaled = replace(stack, entries=tuple(replace(e, weight=e.weight * weight) for e in stack))
-            if not scaled.active().entries and sweep.base_too:
-                continue  # weight 0 is the base, which is an arm already
-            shown = f"{weight:g}"
-            found.append((f"{name} × {shown}" if label or len(stack) > 1 else named(scaled), scaled,
-                          (*at, ("weight", shown))))  # fmt: skip
-    arms = []
-    for own in settings:
-        more = tuple((key, _said(value)) for key, value in own.items())
-        tail = "".join(f", {key} {value}" for key, value in more)
-        arms += [
-            Arm(f"{label}{tail}", stack, items(own), (*at, *more), ("",) * len(stack)) for label, stack, at in found
-        ]
-    return tuple(arms)
-
-
-def named(stack: LoraStack, weights: bool = True) -> str:
-    """What is active, in a few words; without `weights`, those of 1 are left out."""
-    said = []
-    for entry in stack.active():
-        more = "".join(f"[{text}]" for text in (entry.blocks, entry.steps) if text)
-        weight = f" {entry.weight:g}" if weights or entry.weight != 1 else ""
-        said.append(f"{entry.name}{weight}{more}")
-    return " + ".join(said)[:180] or BASE
-
-
-def _said(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def plan_study(
@@ -201,6 +133,85 @@ def list_studies(host: Host) -> list[str]:
     """Names of the host's studies, the last begun first."""
     found = (host.output_folder / FOLDER).glob("*/study.json")
     return [path.parent.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+
+
+# --- a plan that travels ---
+
+
+def portable(plan: Plan) -> dict[str, Any]:
+    """A plan without anything of this machine: adapters by name and hash, the base by name."""
+    base = {k: v for k, v in asdict(plan.base).items() if k not in ("folder", "file", "stamp")}
+    arms = []
+    for arm in plan.arms:
+        stack = [str(Asked(e.name, e.weight if e.on else 0.0, e.blocks, e.steps, e.partial)) for e in arm.stack]
+        arms.append(
+            {"label": arm.label, "stack": stack, "hold": arm.stack.hold, "sha256": list(arm.hashes),
+             "settings": dict(arm.settings), "at": dict(arm.at)}
+        )  # fmt: skip
+    return {
+        "cogloom_study": 1,
+        "title": plan.title,
+        "base": base,
+        "common": dict(plan.common),
+        "settings": dict(plan.settings),
+        "start": dict(plan.start),
+        "reference": plan.reference,
+        "prompts": list(plan.prompts),
+        "seeds": list(plan.seeds),
+        "arms": arms,
+    }
+
+
+def read_plan(
+    host: Host, path: Path, shot: Shot | None = None, note: Callable[[str], None] = lambda text: None
+) -> Plan:
+    """`portable`'s plan for this machine. A picture or video that clips start from is not in it and comes in `shot`.
+    `note` hears of what is not as it was.
+
+    Raises:
+        UsageError: it is no plan, or lacks its picture. AdapterNotFound, ModelError, StackError
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["cogloom_study"] != 1:
+            raise UsageError(
+                f"{path.name} is a plan of version {str(data['cogloom_study'])[:20]}; this reads version 1."
+            )
+        known = {field.name for field in fields(Base)} - {"folder", "file", "stamp"}
+        base = choose_base(host, **{name: value for name, value in data["base"].items() if name in known})
+        arms = [
+            Arm(
+                str(row["label"]),
+                stack_loras(host, [str(text) for text in row["stack"]], LoraStack(hold=str(row["hold"]))),
+                items(row["settings"]),
+                tuple((str(k), str(v)) for k, v in row["at"].items()),
+                ("",) * len(row["stack"]),
+            )
+            for row in data["arms"]
+        ]
+        given = Shot("") if shot is None else shot
+        settings = {name: value for name, value in data["settings"].items() if name in {f.name for f in fields(Shot)}}
+        plan = plan_study(
+            host, base, arms, [str(p) for p in data["prompts"]], [int(s) for s in data["seeds"]],
+            replace(given, **settings), str(data["reference"]), str(data.get("title", "")),
+        )  # fmt: skip
+        hashes = [row["sha256"] for row in data["arms"]]
+        common, start = dict(data["common"]), dict(data["start"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path.name} is no plan of a study ({type(error).__name__} {str(error)[:120]}).") from error
+    for arm, then in zip(plan.arms, hashes, strict=True):
+        for entry, now, was in zip(arm.stack, arm.hashes, then, strict=False):
+            if now != was:
+                note(f"{arm.label}: {entry.name} is another file than it was.")
+    for name, value in plan.common:
+        if common.get(name) != value:
+            note(f"The {name} is {str(value)[:16]} and was {str(common.get(name))[:16]}; frames may differ.")
+    for name, was in start.items():
+        if dict(plan.start).get(name) != was:
+            raise UsageError(
+                f"The study starts from {'an image' if name == 'image' else 'a video'}; give it by --{name}."
+            )
+    return plan
 
 
 # --- what it will cost ---
@@ -403,6 +414,9 @@ def run(
     with study.alone() as mine:
         if not mine:
             raise StudyError(f"Another process is rendering {study.folder}. Wait for it, or stop it.")
+        gone = refused(study)
+        if gone:
+            raise StudyError(f"{study.folder.name}: {'; '.join(gone)}. Put the files back, or begin another study.")
         video.sweep_partial(study.folder / "cells")
         paces, trunk = _Paces(host, study), Trunk()
         done = sum(study.done(cell) for cell in study.plan.cells)
@@ -460,6 +474,52 @@ def measure(
             cell, {"metrics": sorted(have), "values": dict(sorted({**values, **new}.items())), "notes": notes}
         )
         study.keep_metrics({name: asdict(measures.described(name, lacking)) for name in new})
+
+
+def measure_heldout(host: Host, study: Study, folder: Path, draws: heldout.Draws | None = None) -> None:
+    """The held-out loss of each arm on a dataset: clips, with captions, that no adapter was trained on. It needs no
+    rendering, and depends on an arm's stack alone. What is there already, of the same data and draws, is kept.
+
+    Raises:
+        DatasetError, ModelError, StudyError: another process is at it. Cancelled
+    """
+    draws = heldout.Draws() if draws is None else draws
+    plan = study.plan
+    found = dataset.scan(folder)
+    asked = {"dataset": folder.name, "data": dataset.fingerprint(found), "draws": asdict(draws)}
+    with study.alone() as mine:
+        if not mine:
+            raise StudyError(f"Another process is rendering {study.folder}. Wait for it, or stop it.")
+        held: heldout.HeldOut | None = None
+        known: dict[LoraStack, list[list[Any]]] = {}
+        for arm in plan.arms:
+            kept = study.heldout(arm)
+            if {name: kept.get(name) for name in asked} == asked:
+                known[arm.stack.canonical()] = kept["losses"]
+                continue
+            host.check_cancelled()
+            if arm.stack.canonical() not in known:
+                if held is None:
+                    settings = dict(plan.settings)
+                    sizes = {name: settings[name] for name in ("frames", "width", "height")}
+                    held = heldout.encode(
+                        plan.base, found, host.cache_folder, **sizes, progress=_told(host, "held out"),
+                        check=host.check_cancelled,
+                    )  # fmt: skip
+                label = f"held-out loss of {arm.label}"
+                host.make_room(plan.base)
+                with bases.session(
+                    plan.base, read_stack(arm.stack), host.cache_folder, hold=arm.stack.hold, check=host.check_cancelled
+                ) as session:
+                    host.holds(session.resident)
+                    losses = heldout.losses(session, held, draws, _told(host, label), host.check_cancelled)
+                known[arm.stack.canonical()] = [[item, draw, loss] for (item, draw), loss in losses.items()]
+            study.keep_heldout(arm, {**asked, "losses": known[arm.stack.canonical()]})
+        study.keep_metrics({heldout.LOSS.name: asdict(heldout.LOSS)})
+
+
+def _told(host: Host, label: str) -> heldout.Progress:
+    return lambda done, total, what, _=None: host.progress(done, total, f"{label}: {what}" if what else label)
 
 
 def _paired(metric: Any) -> bool:

@@ -44,6 +44,10 @@ _YUV = [
 ]
 
 
+# Matroska has a random number in each file; without it the same frames are the same bytes.
+_SAME = ["-fflags", "+bitexact"]
+
+
 @dataclass(frozen=True)
 class _Container:
     arguments: tuple[str, ...]
@@ -58,11 +62,11 @@ _CONTAINERS = {
         (*_YUV, "-c:v", "libx264", "-preset", "medium", "-movflags", "+faststart+use_metadata_tags"), True, (1, 17, 51)
     ),
     ".webm": _Container(
-        (*_YUV, "-c:v", "libvpx-vp9", "-b:v", "0", "-deadline", "good", "-cpu-used", "2", "-row-mt", "1"),
+        (*_YUV, *_SAME, "-c:v", "libvpx-vp9", "-b:v", "0", "-deadline", "good", "-cpu-used", "2", "-row-mt", "1"),
         True,
         (1, 20, 63),
     ),
-    ".mkv": _Container(("-c:v", "ffv1", "-level", "3", "-slicecrc", "1", "-pix_fmt", "bgr0")),
+    ".mkv": _Container((*_SAME, "-c:v", "ffv1", "-level", "3", "-slicecrc", "1", "-pix_fmt", "bgr0")),
     # A delay is a whole number of hundredths; browsers slow anything below two of them down to ten frames a second.
     ".gif": _Container(
         (

@@ -448,3 +448,12 @@ def ffmpeg() -> str:
 
 def described(path: Path) -> str:
     return subprocess.run([ffmpeg(), "-hide_banner", "-i", str(path)], capture_output=True).stderr.decode()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mkv", ".gif"])
+def test_the_same_frames_are_the_same_bytes(tmp_path: Path, suffix: str):
+    clip = torch.rand(5, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+    once, twice = (
+        video.write_video(clip, tmp_path / f"{n}{suffix}", 8.0, {"cogloom": "{}"}).read_bytes() for n in "ab"
+    )
+    assert once == twice
