@@ -215,7 +215,7 @@ def _concluded(host: LocalHost, study: Any, args: argparse.Namespace) -> int:
 
         made = report(host, study)
         if not args.json:
-            say(f"report: {made.html}")
+            say(f"report: {made.page}")
     return 0
 
 

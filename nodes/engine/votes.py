@@ -63,6 +63,8 @@ NAME_CAP = 500  # of an arm, a judge, a token, a time
 LOG_CAP = 2**28  # bytes
 MANY = 10_000  # more votes than this are not worth a number
 SECRET_LEAST = 16  # bytes
+FAR = 500.0  # log odds: what lies beyond is no number for a reader
+STRIDE = 4.0  # log odds: the longest step of Newton's method, which would be endless where the likelihood is flat
 APART = 8  # a pair comes back after at least this many votes of its judge
 
 Floats = NDArray[np.floating]
@@ -247,6 +249,7 @@ class Lead:
     interval: Interval  # of this lead alone
     separated: bool  # corrected for all pairs of arms
     more: int | None  # about how many more votes on these two would separate them; 0: they are; None: no number would
+    linked: bool = True  # whether votes compare the two at all, if only by way of others
 
     @property
     def preferred(self) -> float:
@@ -260,8 +263,10 @@ class Lead:
                 f"{self.a} is preferred to {self.b} in {self.preferred:.0%} ({low:.0%} to {high:.0%}) of decided votes."
             )
         head = f"{self.a} and {self.b} cannot be separated yet"
-        if not math.isfinite(self.interval.high):
-            return f"{head}: no votes link them."
+        if not math.isfinite(self.interval.high - self.interval.low):
+            if not self.linked:
+                return f"{head}: no votes link them."
+            return f"{head}, however the votes agree: they are on few prompts and seeds. Vote on more of these."
         if self.more is None:
             return f"{head}, and if they differ, it is too little for votes to show."
         needed = plural(about(self.more), "more vote")
@@ -348,7 +353,7 @@ def rank(
         lead = float(contrast @ fit.best)
         more = 0 if separated else fit.more(i, j, critical) if linked else None
         interval = fit.interval(contrast, z) if linked else Interval(-math.inf, math.inf)
-        leads.append(Lead(arms[i], arms[j], lead, interval, separated, more))
+        leads.append(Lead(arms[i], arms[j], lead, interval, separated, more, linked))
     letters, groups = _letters(order, apart)
     seen = Counter(arm for vote in first for arm in (vote.left, vote.right))
     standings = []
@@ -427,10 +432,11 @@ class _Fit:
         hessian[:, -1] += cross
         hessian[-1, -1] += (total * p[:, 2] * (1 - p[:, 2])).sum()
         # The prior: log-F(prior, prior) on every parameter.
-        half = np.tanh(z / 2) / 2
+        half, tail = np.tanh(z / 2) / 2, np.exp(-abs(z))
         value += self._prior * float((z / 2 - np.logaddexp(0, z)).sum())
         gradient -= self._prior * half
-        hessian[np.diag_indices(k + 2)] += self._prior * (0.25 - half**2)
+        # Far out nothing curves: a little more keeps it invertible, and moves no maximum.
+        hessian[np.diag_indices(k + 2)] += self._prior * tail / (1 + tail) ** 2 + 1e-7
         return value, gradient, hessian
 
     def _maximum(self, z: Floats, contrast: Floats | None = None) -> tuple[Floats, float, float]:
@@ -446,7 +452,7 @@ class _Fit:
             decrement = float((gradient - (0 if contrast is None else slope * contrast)) @ step)
             if decrement < 1e-12:
                 return z, value, slope
-            size = 1.0
+            size = min(STRIDE / max(abs(step).max(), 1e-300), 1.0)
             while True:
                 tried = self._derivatives(z + size * step)
                 if tried[0] >= value + 0.1 * size * decrement - 1e-11 * abs(value) or size < 1e-6:
@@ -460,25 +466,32 @@ class _Fit:
         return self._rooted(contrast, at, self.best)[0]
 
     def _rooted(self, contrast: Floats, at: float, start: Floats) -> tuple[float, float, Floats]:
-        towards = self.covariance @ contrast
-        start = start + towards * ((at - contrast @ start) / (contrast @ towards))
+        step = self.covariance @ contrast
+        step *= (at - contrast @ start) / (contrast @ step)
+        if abs(step).max() > STRIDE:  # far out the curve is another one, and would throw the others out even farther
+            step = contrast * ((at - contrast @ start) / (contrast @ contrast))
+        start = start + step
         z, value, slope = self._maximum(start, contrast)
         root = math.sqrt(max(2 * (self._top - value), 0) / self.dispersion)
         return root, -slope / max(root, 1e-9) / self.dispersion, z
 
     def interval(self, contrast: Floats, z: float) -> Interval:
-        """Where the root is z, by Newton on the root, which is nearly straight."""
+        """Where the root is z, by Newton on the root, which is nearly straight; infinite where that is beyond FAR."""
         middle, error = float(contrast @ self.best), math.sqrt(contrast @ self.covariance @ contrast)
         ends = []
         for sign in (-1, 1):
-            at, where = middle + sign * z * error, self.best
+            at, where = sign * min(sign * middle + z * error, FAR), self.best
             for _ in range(60):
                 root, slope, where = self._rooted(contrast, at, where)
                 if abs(root - z) < 1e-4:
                     break
+                if sign * at >= FAR and root < z:
+                    at = sign * math.inf
+                    break
                 # No more than doubled: far out, where the prior alone bends it, the root flattens.
                 step = (z - root) / slope if slope * sign > 0 else sign * error
                 at = middle + sign * min(max(sign * (at + step - middle), 1e-3 * error), 2 * sign * (at - middle))
+                at = sign * min(sign * at, FAR)
             ends.append(at)
         return Interval(*ends)
 

@@ -724,3 +724,19 @@ def test_many_write_at_once(tmp_path: Path):
         by_judge.setdefault(v.judge, []).append(v.seed if v.judge[0] == "p" else int(v.prompt.split()[1]))
     assert by_judge == {judge: list(range(50)) for judge in by_judge}
     assert len(by_judge) == 6
+
+
+@pytest.mark.parametrize("secret", range(8))
+def test_judges_who_agree_on_everything_are_heard(secret: int):
+    """The likelihood is flat far out there, and a bound may lie beyond all numbers."""
+    arms, keys = ("plain", "neon", "sunset"), [(prompt, seed) for prompt in "pq" for seed in (0, 1)]
+    said: list[Vote] = []
+    for judge in "abc":
+        for _ in range(12):
+            (pair, *_) = next_pairs(said, dict.fromkeys(arms, keys), bytes([secret]) * 32, judge)
+            said.append(pair.vote(judge, "left" if arms.index(pair.left) < arms.index(pair.right) else "right"))
+    ranking = rank(said, arms)
+    assert [standing.arm for standing in ranking.standings] == list(arms)
+    assert all(lead.interval.low < lead.lead < lead.interval.high for lead in ranking.leads)
+    assert min(lead.interval.high for lead in ranking.leads) > 5  # nobody has ever preferred the other
+    assert ranking.words()
