@@ -1,18 +1,20 @@
 """Reads a clip of the toy world back: what colour, background, shape, size and motion do its pixels show?
 
 Plain image analysis on decoded frames, no network. `tests/demo` checks it on painted scenes, where the truth is known.
+`attributes` is the same as a metric for comparisons: `--metric demo.measure:attributes`.
 """
 
 from __future__ import annotations
 
 import colorsys
 import math
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from .world import BACKGROUNDS, COLOURS, NEW_SHAPES, SHAPES, SIDE, _distance
+from .world import BACKGROUNDS, COLOURS, MOTIONS, NEW_SHAPES, SHAPES, SIDE, SIZES, _distance
 
 FOREGROUND = 0.20  # a pixel whose largest channel differs this much from the ground belongs to the shape
 AREA_LIMIT = 384.0  # px, between the largest small shape (284) and the smallest large one (519)
@@ -74,6 +76,37 @@ def read(clip: torch.Tensor) -> Reading:
         warmth=warmth,
         fill=_fill(clip[frames].amax(-1), mask[frames]),
     )
+
+
+def attributes(
+    frames: torch.Tensor,
+    fps: float,
+    prompt: str,
+    *,
+    reference: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """What the clip shows of its prompt, 1 right or 0 wrong, for each attribute that the prompt names; and what the
+    adapters bring, whatever the prompt says. Of a shape that is not there, no path and no filling."""
+    seen, values = read(frames), {}
+    named = {
+        "colour": dict.fromkeys(COLOURS),
+        "shape": dict.fromkeys((*SHAPES, *NEW_SHAPES)),
+        "size": dict.fromkeys(SIZES),
+        "motion": MOTIONS,  # a path that is whole again, bouncing or circling, is told by `path_y` and `turns`
+        "background": {name: f"{name} background" for name in BACKGROUNDS},
+    }
+    for attribute, words in named.items():
+        said = [name for name, text in words.items() if re.search(rf"\b{text or name}\b", prompt, re.IGNORECASE)]
+        if said:
+            values[f"right_{attribute}"] = float(getattr(seen, attribute) in said)
+    values["warmth"] = seen.warmth
+    if seen.shape != "none":
+        values |= {"hollow": 1 - seen.fill, "path_y": seen.path_y, "turns": abs(seen.turns)}
+    return values
+
+
+attributes.higher_is_better = {f"right_{name}": True for name in ("colour", "shape", "size", "motion", "background")}
 
 
 def _ground(clip: torch.Tensor) -> torch.Tensor:

@@ -310,6 +310,11 @@ class Session:
             self._stack(step / (total - 1) if total > 1 else 0.0)
             self.weights.append((step, self.resident.switch.names))
 
+    def at(self, position: float) -> Swap:
+        """Bring the weights to where their schedules have them at a position, 0 the first step to 1 the last. Raises
+        what a swap raises."""
+        return self._stack(position)
+
 
 class Bases:
     """All bases of this process. One is worked with at a time."""
