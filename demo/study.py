@@ -34,12 +34,13 @@ from nodes.engine.study import Study
 from nodes.host import LocalHost
 from nodes.lora import stack_loras
 from nodes.model import choose_base
+from nodes.render import Shot
 from nodes.report import report
 from nodes.study import begin, measure_heldout, plan_study, run
 from nodes.sweep import BASE, Sweep, arms_of, checkpoint_stacks
 from nodes.train import train
 
-WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25)
+WEIGHTS = (0.5, 0.75, 1.0, 1.25)
 SEEDS = (0, 1)
 METRIC = "demo.measure:attributes"
 SHOWS = {"sunset": "warmth", "neon": "hollow", "bounce": "path_y", "orbit": "turns", "star": "right_shape"}
@@ -85,8 +86,9 @@ def studied(
     weights = WEIGHTS if axis == "stack" else ()
     prompts = list(dict.fromkeys(caption(scene) for scene in scenes_for(name, size.prompts, seed=9)))
     arms = arms_of(Sweep(stacks, weights, axis=axis))
-    study = begin(host, what, plan_study(host, choose_base(host), arms, prompts, SEEDS[: size.seeds], title=what))
-    measure_heldout(host, study, painted(work / "held_out" / name, name, size.items), Draws(size.draws))
+    shot = Shot("", steps=size.steps)
+    study = begin(host, what, plan_study(host, choose_base(host), arms, prompts, SEEDS[: size.seeds], shot, title=what))
+    measure_heldout(host, study, painted(work / "held_out" / name, name, size.items), Draws(size.draws, batch=8))
     return run(host, study, [METRIC, "motion", "psnr", "departure"], anywhere=True)
 
 
@@ -153,10 +155,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=(*SHOWS, "checkpoints"), default=(*SHOWS, "checkpoints"))
-    parser.add_argument("--prompts", type=int, default=8, help="held-out captions for each adapter")
+    parser.add_argument("--prompts", type=int, default=6, help="held-out captions for each adapter")
+    parser.add_argument("--steps", type=int, default=20, help="of each clip")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1))
-    parser.add_argument("--items", type=int, default=16, help="painted clips for the held-out loss")
-    parser.add_argument("--draws", type=int, default=8, help="noise and timesteps for each of them")
+    parser.add_argument("--items", type=int, default=12, help="painted clips for the held-out loss")
+    parser.add_argument("--draws", type=int, default=6, help="noise and timesteps for each of them")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     host = LocalHost(output_folder=args.work / "output", cache_folder=args.work / "cache")

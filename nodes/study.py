@@ -316,7 +316,7 @@ class _Paces:
 
 def _probe(host: Host, study: Study, arm: Arm, paces: _Paces) -> tuple[float, float]:
     settings = study.plan.settings_of(arm)
-    shot = shot_of(study, arm, study.plan.prompts[0], study.plan.seeds[0])
+    shot = shot_of(study.plan, arm, study.plan.prompts[0], study.plan.seeds[0], start_of(study))
     few = 2 if "video" not in dict(study.plan.start) else max(2, round(2 / shot.strength))
     stack = LoraStack(hold=arm.stack.hold)  # adapters cost little beside a step
     sample(host, study.plan.base, stack, replace(shot, steps=few))  # loads, and warms up
@@ -330,16 +330,21 @@ def _probe(host: Host, study: Study, arm: Arm, paces: _Paces) -> tuple[float, fl
 # --- rendering ---
 
 
-def shot_of(study: Study, arm: Arm, prompt: str, seed: int) -> Shot:
-    """What one cell renders. Raises StudyError: the study's picture or video is gone or another."""
-    known = {field.name for field in fields(Shot)}
-    settings = {name: value for name, value in study.plan.settings_of(arm).items() if name in known}
+def start_of(study: Study) -> dict[str, torch.Tensor]:
+    """The picture or video that clips start from, by `Shot`'s names. Raises StudyError: it is gone or another."""
     start: dict[str, torch.Tensor] = {}
     for name, digest in study.plan.start:
         file = study.folder / ("start.png" if name == "image" else "start.mkv")
         start[name] = video.read_image(file) if name == "image" else video.read_video(file)[0]
         if hash_of(start[name]) != digest:
             raise StudyError(f"{file.name} in {study.folder} is not the {name} that the study was planned with.")
+    return start
+
+
+def shot_of(plan: Plan, arm: Arm, prompt: str, seed: int, start: Mapping[str, torch.Tensor]) -> Shot:
+    """What one cell renders; `start` is `start_of` its study."""
+    known = {field.name for field in fields(Shot)}
+    settings = {name: value for name, value in plan.settings_of(arm).items() if name in known}
     return replace(Shot(prompt, seed=seed), **settings, **start)
 
 
@@ -356,31 +361,40 @@ class _Watched:
         self._host.progress(done, total, f"{self._label}: {what}", preview)
 
 
-def render_cell(host: Host, study: Study, cell: Cell, trunk: tuple[Trunk, int] | None = None) -> dict[str, Any]:
-    """Render one cell and put it in the folder, its json last. Returns what goes into the log.
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """A cell's clip before it is in the folder: latents as `Sampled` has them, frames (F, H, W, 3) in [0, 1], frames
+    per second, the record, and what the log tells of it."""
+
+    samples: torch.Tensor
+    frames: torch.Tensor
+    fps: float
+    record: dict[str, Any]
+    told: dict[str, Any]
+
+
+def render_cell(
+    host: Host, plan: Plan, cell: Cell, start: Mapping[str, torch.Tensor], trunk: tuple[Trunk, int] | None = None
+) -> Rendered:
+    """Render one cell; `start` is `start_of` its study. It needs no folder, and so may be done on another machine.
 
     Raises:
-        What `sample`, `decode` and `write_video` raise. A cell is there as a whole or not at all.
+        What `sample` and `decode` raise.
     """
-    arm = study.plan.arm(cell.arm)
-    shot = shot_of(study, arm, cell.prompt, cell.seed)
+    arm = plan.arm(cell.arm)
+    shot = shot_of(plan, arm, cell.prompt, cell.seed, start)
     loads = bases.loads
     counted = (trunk[0].computed, trunk[0].shared) if trunk else (0, 0)
-    sampled = sample(host, study.plan.base, arm.stack, shot, trunk=trunk)
+    sampled = sample(host, plan.base, arm.stack, shot, trunk=trunk)
     computed, shared = (
         (trunk[0].computed - counted[0], trunk[0].shared - counted[1]) if trunk else (None, 0)
     )  # fmt: skip
     started = time.perf_counter()
-    frames = decode(host, study.plan.base, sampled.samples)
+    frames = decode(host, plan.base, sampled.samples)
     # Notes tell of this run, such as that the base was loaded; they go into the log, so that a cell's files are the
     # same however often the study was stopped and gone on with.
     record = {name: value for name, value in sampled.record.items() if name != "notes"}
-    tags = {"cogloom": json.dumps({**record, "notes": []})}
-    write_atomic(_made(study.path(cell, ".safetensors")), latents_file(sampled.samples))
-    video.write_video(frames, study.path(cell, ".mkv"), sampled.fps)
-    video.write_video(frames, study.path(cell, ".mp4"), sampled.fps, tags)
-    study.finish(cell, {"record": record, "latents_sha256": hash_of(sampled.samples)})
-    return {
+    told = {
         "cell": cell.id,
         "arm": cell.arm,
         "seconds": round(sampled.seconds, 4),
@@ -390,6 +404,24 @@ def render_cell(host: Host, study: Study, cell: Cell, trunk: tuple[Trunk, int] |
         "loaded": bases.loads - loads,
         "notes": sampled.record["notes"],
     }
+    return Rendered(sampled.samples, frames, sampled.fps, record, told)
+
+
+def keep_cell(study: Study, cell: Cell, rendered: Rendered) -> dict[str, Any]:
+    """Put a rendered cell in the folder, its json last, so that it is there as a whole or not at all. Returns what goes
+    into the log.
+
+    Raises:
+        What `write_video` raises.
+    """
+    started = time.perf_counter()
+    tags = {"cogloom": json.dumps({**rendered.record, "notes": []})}
+    write_atomic(_made(study.path(cell, ".safetensors")), latents_file(rendered.samples))
+    video.write_video(rendered.frames, study.path(cell, ".mkv"), rendered.fps)
+    video.write_video(rendered.frames, study.path(cell, ".mp4"), rendered.fps, tags)
+    study.finish(cell, {"record": rendered.record, "latents_sha256": hash_of(rendered.samples)})
+    after = rendered.told["after"] + time.perf_counter() - started
+    return {**rendered.told, "after": round(after, 4)}
 
 
 def _made(path: Path) -> Path:
@@ -423,15 +455,16 @@ def run(
         total = len(study.plan.cells)
         for _, cells in study.plan.units():
             missing = [cell for cell in cells if not study.done(cell)]
+            start = start_of(study) if missing else {}
             trunk.forget()
-            for number, cell in enumerate(missing):
+            for cell in missing:
                 host.check_cancelled()
                 arm = study.plan.arm(cell.arm)
-                later = [study.plan.arm(other.arm) for other in missing[number + 1 :]]
-                before = [study.plan.arm(other.arm) for other in missing[:number]]
-                keep = max((common_steps(study.plan, arm, other) for other in (*before, *later)), default=0)
+                others = [study.plan.arm(other.arm) for other in missing if other != cell]
+                keep = max((common_steps(study.plan, arm, other) for other in others), default=0)
                 watched = cast("Host", _Watched(host, f"{done + 1} of {total}, {cell.arm}, seed {cell.seed}"))
-                told = render_cell(watched, study, cell, (trunk, keep))
+                watched.progress(0, 1, "rendering")  # denoising tells nothing before its first step is done
+                told = keep_cell(study, cell, render_cell(watched, study.plan, cell, start, (trunk, keep)))
                 study.log(**told)
                 if not told["loaded"] and told["computed"]:
                     settings = study.plan.settings_of(arm)

@@ -59,6 +59,7 @@ def add_commands(command: Command, base_options: Callable[[argparse.ArgumentPars
     compare.add_argument(
         "--report", action=argparse.BooleanOptionalAction, default=True, help="write the report at the end"
     )
+    compare.add_argument("--all", action="store_true", help="tell what is open, too")
     compare.add_argument("--json", action="store_true", help="print the conclusions as data")
     compare.add_argument("--hold", choices=("auto", "fused", "stacked"), default="auto")
     compare.add_argument("--negative", metavar="TEXT")
@@ -84,6 +85,7 @@ def add_commands(command: Command, base_options: Callable[[argparse.ArgumentPars
     report.add_argument(
         "--metric", action="append", default=None, metavar="NAME", help="measure this first; again for more"
     )
+    report.add_argument("--all", action="store_true", help="tell what is open, too")
     report.add_argument("--json", action="store_true", help="print the conclusions as data")
 
 
@@ -115,7 +117,7 @@ def _compare(host: LocalHost, args: argparse.Namespace) -> int:
     if args.render and args.ray:
         from nodes.cluster import run_on_ray
 
-        run_on_ray(host, study, args.ray, args.metric)
+        run_on_ray(host, study, args.ray, args.metric, anywhere=True)
     elif args.render:
         run(host, study, args.metric, anywhere=True)
     return _concluded(host, study, args)
@@ -208,7 +210,7 @@ def _concluded(host: LocalHost, study: Any, args: argparse.Namespace) -> int:
     if args.json:
         print_json(conclusions.to_json())
     else:
-        for line in conclusions.words():
+        for line in conclusions.words() if args.all else _brief(conclusions):
             say(line)
     if getattr(args, "report", True):
         from nodes.report import report
@@ -217,6 +219,22 @@ def _concluded(host: LocalHost, study: Any, args: argparse.Namespace) -> int:
         if not args.json:
             say(f"report: {made.page}")
     return 0
+
+
+def _brief(conclusions: Any) -> list[str]:
+    """What was found; what is open is counted, and told with --all and in the report."""
+    lines, open_ones = [*conclusions.findings, conclusions.amount(), *conclusions.notes], 0
+    if conclusions.ranking is not None:
+        lines += conclusions.ranking.words().split("\n")
+    for one in conclusions.all():
+        found = [one.said(told) for told in one.differences if told.told]
+        found += [best.words() for best in one.best if best.clear]
+        lines += [f"{one.metric.name}: {text}" for text in found]
+        open_ones += sum(not told.told for told in one.differences)
+    if open_ones:
+        many = "One comparison is" if open_ones == 1 else f"{open_ones} comparisons are"
+        lines.append(f"{many} open: no difference shows yet. --all tells each, and about how many more pairs would do.")
+    return lines
 
 
 def _vote(host: LocalHost, args: argparse.Namespace) -> int:
