@@ -10,7 +10,7 @@ from typing import Any
 from .engine import dataset
 from .engine.checkpoints import fingerprint, transformer_hash
 from .engine.errors import UsageError, WrongFamily
-from .engine.finetune import Result, Settings, TrainableBase
+from .engine.finetune import Progress, Result, Settings, TrainableBase
 from .engine.finetune import train as finetune
 from .engine.pipeline import DTYPES, Base, choose_device, load_text, load_transformer, load_vae, tokens_of
 from .host import Host, contained
@@ -32,6 +32,9 @@ HELP = {
     "checkpoint_every": "steps between checkpoints (the adapter alone, never the base)",
     "validation_every": "steps between measurements of the held-out loss",
     "validation_items": "files held out; default: a tenth, at most 16",
+    "sample_every": "steps between clips on the way, in <run>/samples; default: none",
+    "sample_steps": "denoising steps of such a clip",
+    "sample_prompts": "what they show; again for more; default: captions of held-out clips",
     "trigger_words": "with commas; written into the file",
 }
 
@@ -44,10 +47,13 @@ def train(
     settings: dict[str, Any],
     out: Path | None = None,
     fresh: bool = False,
+    report: Progress | None = None,
 ) -> Result:
     """Train `name` on `data`. `settings` are fields of `finetune.Settings`; what is left out takes its default.
 
-    Goes on from the last checkpoint of the same run, unless `fresh`.
+    Goes on from the last checkpoint of the same run, unless `fresh`. `report` hears of losses and samples, too:
+    (done, total, what, {"loss" | "validation" | "learning_rate" | "sample": …} or None); without it the host hears of
+    the steps.
 
     Raises:
         DatasetError, UsageError, GeometryError, ModelError, ResumeError, Diverged, Cancelled (a checkpoint is kept)
@@ -68,7 +74,7 @@ def train(
     target = out or contained(host.output_folder, f"training/{name}")
     return finetune(
         trainable(base), items, whole, target, host.cache_folder,
-        progress=lambda done, total, what, _extra=None: host.progress(done, total, what),
+        progress=report or (lambda done, total, what, _extra=None: host.progress(done, total, what)),
         check_cancelled=host.check_cancelled, resume=not fresh,
     )  # fmt: skip
 
@@ -116,7 +122,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if default not in (None, (), "") and not isinstance(default, bool):
             text = f"{text}; default {default}" if text else f"default {default}"
         option = f"--{field.name.replace('_', '-')}"
-        if isinstance(default, bool):
+        if field.name == "sample_prompts":
+            group.add_argument("--sample-prompt", dest="sample_prompts", action="append", metavar="TEXT", help=text)
+        elif isinstance(default, bool):
             group.add_argument(option, action="store_true", default=None, help=text)
         else:
             kind = _kind(str(field.type))

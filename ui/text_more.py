@@ -172,6 +172,9 @@ MORE: dict[str, tuple[str, str]] = {
     "s_gradient_checkpointing": ("Gradient checkpointing", "梯度检查点"),
     "s_checkpoint_every": ("Checkpoint every", "检查点间隔"),
     "s_validation_every": ("Validate every", "验证间隔"),
+    "s_sample_every": ("Sample clips every", "样片间隔"),
+    "s_sample_steps": ("Steps of a sample", "样片步数"),
+    "s_sample_prompts": ("Prompts of samples", "样片提示词"),
     "s_validation_items": ("Files held out", "留作验证的文件数"),
     "s_trigger_words": ("Trigger words, with commas", "触发词，用逗号分隔"),
     # the tips of settings, where `nodes.train.HELP` says them in English
@@ -191,4 +194,8 @@ MORE: dict[str, tuple[str, str]] = {
     "h_validation_every": ("", "两次测量验证损失之间的步数"),
     "h_validation_items": ("", "留出的文件数；留空：十分之一，最多 16 个"),
     "h_trigger_words": ("", "用逗号分隔；写入文件"),
+    "h_sample_every": ("", "训练中每隔多少步生成一次样片；0：不生成"),
+    "h_sample_steps": ("", "样片的去噪步数"),
+    "h_sample_prompts": ("One a line; empty: captions of held-out clips", "每行一个；留空：使用留出视频的描述"),
+    "train_sample": ("step {step}, clip {number}", "第 {step} 步，样片 {number}"),
 }  # fmt: skip

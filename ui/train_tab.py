@@ -21,17 +21,19 @@ from nodes.model import choose_base, list_bases
 from nodes.schema import sentence
 from nodes.train import HELP
 
-from . import parts, training
+from . import make, parts, training
 from .app import Ui
 from .render_tab import duration
 from .tab_parts import failed, notes, part, plain
 from .text import text
 
 BEAT = 1.0  # seconds between two looks at a training that runs
-MAIN = ("steps", "learning_rate", "rank", "trigger_words", "frames", "width", "height", "validation_items")
+MAIN = ("steps", "learning_rate", "rank", "trigger_words", "frames", "width", "height", "validation_items",
+        "sample_every", "sample_prompts")  # fmt: skip
 CHOICES = {"lr_schedule": SCHEDULES, "optimiser": ("adamw",), "mixed_precision": PRECISIONS}
 KNOWN = {one.name: one for one in dataclasses.fields(Settings) if one.name != "title"}
 CAPTIONS = 12  # shown of a dataset
+SAMPLES = 12  # clips on the way, the latest
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 LOOK: dict[str, Any] = {"concurrency_id": "look", "concurrency_limit": 2, "api_visibility": "private"}
 
@@ -83,12 +85,13 @@ def build(ui: Ui) -> None:
                 progress = parts.part("progress", {"state": "idle"}, elem_id="cl-train-progress")
                 plot = part("plot", None, elem_id="cl-train-plot")
                 told = parts.part("notes", notes(), elem_id="cl-train-told")
+                samples = part("samples", [], elem_id="cl-train-samples")
                 keep = ui.said(gr.Button(size="sm", elem_id="cl-train-keep", interactive=False), value="train_keep")
         # Looks only while something runs: an idle page asks for nothing.
         clock = gr.Timer(BEAT, active=False)
         _api(ui)
 
-    state = [progress, plot, told, go, halt, keep, clock]
+    state = [progress, plot, told, go, halt, keep, clock, samples]
 
     def looked(language: str) -> tuple[Any, ...]:
         now = training.latest()
@@ -97,6 +100,7 @@ def build(ui: Ui) -> None:
         return (
             progress_of(now, language), plot_of(now), told_of(now, language), gr.update(interactive=not running),
             gr.update(interactive=running), gr.update(interactive=done), gr.update(active=running),
+            samples_of(ui.folders, now, language),
         )  # fmt: skip
 
     # `always_last`: a page that was asleep looks once, not once for each second it missed.
@@ -197,8 +201,8 @@ def _component(ui: Ui, name: str) -> Any:
         made = gr.Dropdown(list(CHOICES[name]), value=default, **given)
     elif name == "target_modules":
         made = gr.Dropdown(list(TARGETS), value=default, allow_custom_value=True, **given)
-    elif name == "trigger_words":
-        made = gr.Textbox("", max_length=2000, **given)
+    elif name in ("trigger_words", "sample_prompts"):
+        made = gr.Textbox("", max_length=2000, lines=1 if name == "trigger_words" else 2, **given)
     elif isinstance(default, bool):
         made = gr.Checkbox(default, **given)
     elif default is None:  # a gr.Number without a value shows 0, which is one
@@ -228,7 +232,10 @@ def settings_of(values: Mapping[str, Any], language: str) -> dict[str, Any]:
         if value is None or value == "":
             continue
         one = KNOWN[name]
-        if name in ("trigger_words", "target_modules"):
+        if name == "sample_prompts":  # one a line: captions have commas
+            lines = value if isinstance(value, list) else str(value).splitlines()
+            found[name] = [line.strip() for line in lines if str(line).strip()]
+        elif name in ("trigger_words", "target_modules"):
             words = [str(word).strip() for word in (value if isinstance(value, list) else str(value).split(","))]
             words = [word for word in words if word]
             found[name] = words if name == "trigger_words" or len(words) > 1 else words[0] if words else ""
@@ -322,7 +329,8 @@ def status() -> dict[str, Any]:
     return {
         "state": state, "name": now.name, "what": now.what, "step": now.step, "steps": now.steps,
         "losses": training.points(now.losses), "validation": training.points(now.validation),
-        "learning_rate": now.learning_rate, "error": _why(now, "en") if state in ("failed", "stopped") else "",
+        "learning_rate": now.learning_rate, "samples": [path.name for path in now.samples],
+        "error": _why(now, "en") if state in ("failed", "stopped") else "",
     }  # fmt: skip
 
 
@@ -361,6 +369,17 @@ def plot_of(now: training.Training | None) -> dict[str, Any] | None:
     if now is None:
         return None
     return {"total": now.steps, "loss": training.points(now.losses), "validation": training.points(now.validation)}
+
+
+def samples_of(folders: LocalHost, now: training.Training | None, language: str) -> list[dict[str, str]]:
+    """For the `samples` part, the latest first."""
+    shown = []
+    for path in reversed([] if now is None else now.samples[-SAMPLES:]):
+        step, _, number = path.stem.partition("-")
+        if path.is_file() and step.isdigit():
+            title = text("train_sample", language, step=int(step), number=number)
+            shown.append({"url": make.url(folders, path), "title": title})
+    return shown
 
 
 def told_of(now: training.Training | None, language: str) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 Its first line of input is the job as JSON; the next line, or the end of the input, asks it to stop. So it also ends,
 with a checkpoint, when whoever started it is gone; and no signals are needed, which Windows has not. Each line of
-output is JSON: {done, total, what, loss?, learning_rate?, validation?}, at last {result} or {error, kind}.
+output is JSON: {done, total, what, loss?, learning_rate?, validation?, sample?}, at last {result} or {error, kind}.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -15,13 +14,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from nodes.engine import dataset
 from nodes.engine.errors import CogLoomError
-from nodes.engine.finetune import Settings
-from nodes.engine.finetune import train as finetune
 from nodes.host import LocalHost
 from nodes.model import choose_base
-from nodes.train import trainable
+from nodes.train import train
 
 
 def main() -> int:
@@ -55,19 +51,12 @@ def main() -> int:
 
 
 def _train(host: LocalHost, job: dict[str, Any], say: Any) -> Any:
-    """As `nodes.train.train`, which does not hand the losses on."""
     base = choose_base(host, job["base"], device=job["device"])
-    checkpoint = base.checkpoint()
-    frames, width, height = checkpoint.defaults()
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in job["settings"].items()}
-    settings = Settings(**{"frames": frames, "width": width, "height": height, "title": job["name"], **given})
-    checkpoint.check_geometry(settings.frames, settings.width, settings.height)
-    say(done=0, total=settings.steps, what="reading", settings=dataclasses.asdict(settings))
-    items = dataset.scan(Path(job["data"]))
-    return finetune(
-        trainable(base), items, settings, Path(job["out"]), host.cache_folder,
-        progress=lambda done, total, what, extra=None: say(done=done, total=total, what=what, **(extra or {})),
-        check_cancelled=host.check_cancelled, resume=not job["fresh"],
+    say(done=0, total=1, what="reading")
+    return train(
+        host, base, Path(job["data"]), job["name"], given, Path(job["out"]), job["fresh"],
+        report=lambda done, total, what, extra=None: say(done=done, total=total, what=what, **(extra or {})),
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Training:
     step: int = 0  # of the training
     losses: dict[int, float] = field(default_factory=dict)  # step -> loss
     validation: dict[int, float] = field(default_factory=dict)
+    samples: list[Path] = field(default_factory=list)  # clips on the way, the latest last
     learning_rate: float | None = None
     result: dict[str, Any] | None = None
     error: str = ""
@@ -96,6 +97,7 @@ def start(
         made = Training(name, steps, process, out)
         if not fresh:
             made.losses, made.validation = history(out)
+            made.samples = sorted((out / "samples").glob("*.mp4"))
         _now[:] = [made]
     folders = ("model_folders", "lora_folders", "transformer_folders", "output_folder", "cache_folder", "input_folder")
     job = {
@@ -153,6 +155,8 @@ def _reports(training: Training) -> None:
                 training.learning_rate = told.get("learning_rate")
             if "validation" in told:
                 training.validation[training.step] = told["validation"]
+            if "sample" in told:
+                training.samples.append(Path(told["sample"]))
     training.code = training.process.wait()
 
 

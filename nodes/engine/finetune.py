@@ -8,6 +8,7 @@ one generator on the CPU. Its state is part of a checkpoint, so a resumed run go
     out/checkpoint-000050/state.safetensors     float32 adapter, the optimiser's moments, the generator's state
     out/checkpoint-000050/state.json            step, settings, losses, what was trained on; names the hash of the first
     out/checkpoint-000050/adapter.safetensors   the adapter so far, ready to use
+    out/samples/000050-1.mp4                    clips on the way, if asked for
     out/<title>.safetensors                     the finished adapter
 
 Nothing here is ever pickled.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -28,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .dataset import Encoded, Item, encode, fingerprint
+from .dataset import Encoded, Item, encode, fingerprint, to_frames
 from .errors import (
     Cancelled,
     DatasetError,
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+log = logging.getLogger("cogloom")
+
 Progress = Callable[[int, int, str, "dict | None"], None]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -56,7 +60,10 @@ ADAPTER = "default"  # PEFT's name for the one adapter that is trained
 STATES_KEPT = 2  # older checkpoints keep their adapter and their numbers, not the optimiser's moments
 VALIDATIONS = 8  # forwards of one validation, at least; as many as held-out items if there are more
 # What may differ between a checkpoint and the run that continues it: it changes no number that training computes.
-FREE = frozenset({"checkpoint_every", "validation_every", "gradient_checkpointing", "title", "trigger_words", "steps"})
+FREE = frozenset(
+    {"checkpoint_every", "validation_every", "gradient_checkpointing", "title", "trigger_words", "steps",
+     "sample_every", "sample_steps", "sample_prompts"}
+)  # fmt: skip
 STATE_VERSION = 1
 
 
@@ -118,6 +125,9 @@ class Settings:
     checkpoint_every: int = 100  # optimiser steps; 0: only at the end or when stopped
     validation_every: int = 100  # optimiser steps; 0: only before and after
     validation_items: int | None = None  # held out; None: a tenth, at most 16; 0: none, and training items measure
+    sample_every: int = 0  # optimiser steps between clips on the way; 0: none
+    sample_steps: int = 20  # denoising steps of such a clip
+    sample_prompts: tuple[str, ...] = ()  # what they show; none: captions of clips that are held out
     title: str = ""
     trigger_words: tuple[str, ...] = ()
 
@@ -126,8 +136,9 @@ class Settings:
             object.__setattr__(self, "alpha", float(self.rank))
         if isinstance(self.target_modules, list):  # from JSON
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if isinstance(self.trigger_words, (list, tuple)):
-            object.__setattr__(self, "trigger_words", tuple(self.trigger_words))
+        for name in ("trigger_words", "sample_prompts"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, low, high in (
             ("steps", 1, 10_000_000),
             ("rank", 1, 4096),
@@ -137,6 +148,8 @@ class Settings:
             ("seed", 0, 2**63 - 1),
             ("checkpoint_every", 0, 10_000_000),
             ("validation_every", 0, 10_000_000),
+            ("sample_every", 0, 10_000_000),
+            ("sample_steps", 1, 1000),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -246,7 +259,7 @@ def train(
             encoder_hash=f"{base.encoder_hash or base.base_hash} {base.max_text_length}",
             cache=cache,
             firsts=base.task == "i2v",
-            extra_prompts=("",) if settings.caption_dropout else (),
+            extra_prompts=_extra_prompts(settings),
             progress=progress,
             check_cancelled=check_cancelled,
         )
@@ -254,6 +267,12 @@ def train(
             if saved is not None:
                 trainer.restore(saved)
             return trainer.run(progress, check_cancelled)
+
+
+def _extra_prompts(settings: Settings) -> tuple[str, ...]:
+    """Texts to encode besides the captions."""
+    empty = ("",) if settings.caption_dropout or settings.sample_every else ()
+    return (*empty, *(settings.sample_prompts if settings.sample_every else ()))
 
 
 # --- the plan: pure, before anything is loaded or written ---
@@ -700,6 +719,37 @@ class _Trainer:
             raise self._diverged(f"The validation loss is {value}")
         return value
 
+    def _sample(self, progress: Progress, check_cancelled: Callable[[], None]) -> None:
+        """Clips by the adapter as it is. That there is no memory for them does not end a training."""
+        import torch
+
+        from . import video
+        from .samples import captions, sample
+
+        settings, plan = self.settings, self.plan
+        for number, shown in enumerate(captions(plan.held_out, plan.training, settings.sample_prompts), 1):
+            path = self.out / "samples" / f"{self.step:06d}-{number}.mp4"
+            if path.exists():  # of this very step, before it was gone on with
+                continue
+            text, picture = (shown, None) if isinstance(shown, str) else (shown.caption, None)
+            if self.base.task == "i2v":
+                item = shown if not isinstance(shown, str) else (plan.held_out or plan.training)[0]
+                picture = to_frames(item, settings.frames, settings.height, settings.width, settings.fps)[0]
+            check_cancelled()
+            progress(self.step, settings.steps, "sampling", None)
+            try:
+                frames = sample(
+                    self.base, self.encoded.prompt(text), self.encoded.prompt(""), frames=settings.frames,
+                    height=settings.height, width=settings.width, steps=settings.sample_steps, seed=number,
+                    picture=picture, device=self.device, check=check_cancelled,
+                )  # fmt: skip
+            except (NotEnoughMemory, torch.OutOfMemoryError) as error:
+                log.warning("no sample at step %d: %s", self.step, str(error).splitlines()[0])
+                return
+            tags = {"comment": json.dumps({"step": self.step, "prompt": text, "seed": number}, ensure_ascii=False)}
+            video.write_video(frames, path, settings.fps or 8.0, tags)
+            progress(self.step, settings.steps, "training", {"sample": str(path)})
+
     def _diverged(self, what: str) -> Diverged:
         if self.step == 0 and not self.losses:
             return Diverged(
@@ -730,6 +780,8 @@ class _Trainer:
                 self.seconds = time.monotonic() - started
                 if self.step and (last or _due(self.step, settings.checkpoint_every)):
                     self.save(boundary)
+                if settings.sample_every and (self.step == 0 or last or _due(self.step, settings.sample_every)):
+                    self._sample(progress, check_cancelled)
                 if last:
                     break
                 check_cancelled()

@@ -229,3 +229,19 @@ export function captions(part) {
     box.replaceChildren(rows.length ? make("table", { class: "cm-captions" }, make("tbody", {}, rows)) : "");
   });
 }
+
+/* Clips on the way of a training: [{url, title}], the latest first. A clip that is shown stays as it is. */
+export function samples(part) {
+  drawn(part, (box, value) => {
+    const kept = new Map([...box.querySelectorAll("figure")].map((one) => [one.dataset.url, one]));
+    const shown = (value ?? []).map(({ url, title }) => {
+      if (kept.has(url)) return kept.get(url);
+      const film = make("video", { src: url, controls: true, loop: true, playsinline: true, preload: "metadata", "aria-label": title });
+      film.muted = true;
+      const figure = make("figure", {}, film, make("figcaption", {}, name(title)));
+      figure.dataset.url = url;
+      return figure;
+    });
+    box.replaceChildren(...shown);
+  });
+}
