@@ -74,7 +74,7 @@ def build(folders: LocalHost) -> Any:
     """The page, as Gradio's Blocks."""
     import gradio as gr
 
-    from . import api, compare_tab, persist, render_tab, status
+    from . import api, compare_tab, persist, render_tab, report_tab, status, sweep_tab, vote_tab
 
     with gr.Blocks(title="CogLoom", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
         ui = Ui(folders, page)
@@ -92,10 +92,11 @@ def build(folders: LocalHost) -> Any:
                 ui, render = render_tab.build(ui)
             with ui.said(gr.Tab(id="compare"), label="tab_compare"):
                 compare = compare_tab.build(ui, render)
+            studies = [module.build(ui) for module in (sweep_tab, vote_tab, report_tab)]
             for name in ("adapters_tab", "workflows_tab", "train_tab"):
                 if importlib.util.find_spec(f"ui.{name}"):
                     importlib.import_module(f"ui.{name}").build(ui)
-        persist.build(ui, {**render.kept, **compare.kept})
+        persist.build(ui, {name: one for tab in (render, compare, *studies) for name, one in tab.kept.items()})
     for component, update in ui.told:  # English until the page says otherwise
         for name, value in update("en").items():
             setattr(component, name, value)
@@ -169,6 +170,8 @@ def application_of(
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from nodes.study import FOLDER as STUDIES
+
     from .guard import Guard
     from .routes import add_routes
 
@@ -177,7 +180,7 @@ def application_of(
     application = FastAPI(title="CogLoom", docs_url=None, redoc_url=None, openapi_url=None)
     signed_in = add_routes(application, folders)
     # Outermost last: a foreign Host is refused before anything looks at what it asks.
-    application.add_middleware(Guard, upload=UPLOAD)
+    application.add_middleware(Guard, upload=UPLOAD, closed=folders.output_folder / STUDIES)
     application.add_middleware(TrustedHostMiddleware, allowed_hosts=_hosts(listen, hosts), www_redirect=False)
     gr.mount_gradio_app(
         application, page, "/", server_name=listen, server_port=port, auth=user, ssr_mode=False, run_history=False,

@@ -142,6 +142,12 @@ def _plan(host: LocalHost, args: argparse.Namespace, shot: Shot) -> Plan:
         args.base_too,
         axis,
     )
+    arms = arms_of(sweep)
+    if len(arms) < 2:
+        raise UsageError(
+            "There is one arm, and nothing to compare it with: name stacks, --weights, --checkpoints RUN or "
+            "--vary SETTING=V,V."
+        )
     prompts = list(args.prompt)
     if args.prompts is not None:
         try:
@@ -151,7 +157,7 @@ def _plan(host: LocalHost, args: argparse.Namespace, shot: Shot) -> Plan:
     if not prompts and args.render:
         raise UsageError("Say what to show: --prompt TEXT, again for more, or --prompts FILE with one a line.")
     return plan_study(
-        host, _base(host, args), arms_of(sweep), list(dict.fromkeys(prompts)) or ["-"], seeds_from(args.seeds), shot,
+        host, _base(host, args), arms, list(dict.fromkeys(prompts)) or ["-"], seeds_from(args.seeds), shot,
         args.reference,
     )  # fmt: skip
 

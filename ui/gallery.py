@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from nodes.engine.lora_file import adapter_name
 from nodes.host import LocalHost
 from nodes.lora import listed as adapters
 from nodes.render import shot_from
+from nodes.study import FOLDER as STUDIES
 
 from . import make
 from .parts import part
@@ -28,9 +32,7 @@ def build(ui: Any) -> Any:
 def listed(folders: LocalHost) -> list[dict[str, Any]]:
     """The newest first, as the gallery part wants them. No file is opened: a record is read when it is asked for."""
     files = []
-    for number, path in enumerate(folders.output_folder.rglob("*")):
-        if number >= SCANNED:
-            break
+    for path in islice(_clips(folders.output_folder), SCANNED):
         if path.suffix.lower() in video.SUFFIXES and not path.name.startswith("."):
             try:
                 files.append((path.stat().st_mtime, path.stat().st_size, path))
@@ -38,6 +40,14 @@ def listed(folders: LocalHost) -> list[dict[str, Any]]:
                 continue  # it went while we looked
     files.sort(key=lambda file: file[0], reverse=True)
     return [_card(folders, *file) for file in files[:SHOWN]]
+
+
+def _clips(folder: Path) -> Iterator[Path]:
+    """Without those of studies, which are many, have tabs of their own, and whose names judges are not to see."""
+    for root, below, names in os.walk(folder):
+        if Path(root) == folder:
+            below[:] = [name for name in below if name != STUDIES]
+        yield from (Path(root, name) for name in names)
 
 
 def _card(folders: LocalHost, made: float, size: int, path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -26,14 +27,15 @@ HEADERS = (
 class Guard:
     """An ASGI middleware."""
 
-    def __init__(self, app: Any, upload: int) -> None:
-        self.app, self.upload = app, upload
+    def __init__(self, app: Any, upload: int, closed: Path | None = None) -> None:
+        """`closed` is a folder of which Gradio serves nothing, though it lies in one of which it does."""
+        self.app, self.upload, self.closed = app, upload, closed
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path, headers = unquote(scope["path"]), dict(scope["headers"])
-        refused = _foreign(scope["method"], headers) or _not_media(path)
+        refused = _foreign(scope["method"], headers) or _not_media(path, self.closed)
         limit = self.upload + (1 << 20) if path.endswith("/upload") else BODY
         size = headers.get(b"content-length", b"0")
         if refused is None and (not size.isdigit() or int(size[:18]) > limit):
@@ -71,13 +73,22 @@ def _foreign(method: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None
     return None
 
 
-def _not_media(path: str) -> tuple[int, str] | None:
+def _not_media(path: str, closed: Path | None) -> tuple[int, str] | None:
     """Gradio serves whatever lies in the allowed folder, adapters and logs of training runs too; we want what was made
     to be looked at, and nothing that a browser would run."""
     name = path.partition("/file=")[2]
     if name and not name.lower().endswith(MEDIA):
         return 403, "Only clips, pictures and workflows are served."
+    if name and closed is not None and _inside(closed, name):
+        return 403, "Studies are looked at on the tabs Vote and Report."
     return None
+
+
+def _inside(folder: Path, name: str) -> bool:
+    try:
+        return folder.resolve() in Path(name).resolve().parents
+    except (OSError, ValueError):  # NUL, or too long for the system: no file
+        return False
 
 
 async def _refuse(send: Any, status: int, sentence: str) -> None:

@@ -10,11 +10,14 @@ from nodes import page
 from nodes.engine.errors import AdapterNotFound, CogLoomError, UsageError
 from nodes.host import ROOT, LocalHost, contained
 from nodes.schema import sentence
+from nodes.study import FOLDER as STUDIES
 
 from .gallery import record
 
 CLIPS = {".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif", ".mkv": "video/x-matroska",
          ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
+REPORT = {".html": "text/html; charset=utf-8", ".svg": "image/svg+xml", ".csv": "text/csv; charset=utf-8",
+          ".json": "application/json"}  # fmt: skip
 STATIC = Path(__file__).parent / "static"
 
 
@@ -48,11 +51,13 @@ def add_routes(application: Any, folders: LocalHost) -> Callable[[Any], None]:
                 return JSONResponse({"error": sentence(error)}, status_code=400)
             if not isinstance(found, Path):
                 return JSONResponse(found)
-            return FileResponse(found, media_type=CLIPS[found.suffix.lower()])  # a type of ours, never the file's word
+            # A type of ours, never the file's word.
+            return FileResponse(found, media_type={**CLIPS, **REPORT}[found.suffix.lower()])
 
         return handler
 
-    for name, look in {**page.ANSWERS, "clip": clip, "start": start, "record": record}.items():
+    looks = {**page.ANSWERS, "clip": clip, "start": start, "record": record, "vote": vote, "report": report}
+    for name, look in looks.items():
         application.add_route(f"/cogloom/{name}", answer(look), methods=["GET"])
     application.add_route("/cogloom/shared.css", shared_styles, methods=["GET"])
     # Code that anybody may read; the login page needs it as well.
@@ -76,8 +81,12 @@ def shared_styles(request: Any) -> Any:
 
 
 def clip(folders: LocalHost, query: Any) -> Path:
-    """What was made: `name` in the output folder, or with `temp` in the temporary one."""
-    return _media(folders.temp_folder if query.get("temp") else folders.output_folder, query.get("name", ""))
+    """What was made: `name` in the output folder, or with `temp` in the temporary one. Clips of studies are shown by
+    the Vote tab, without their names, and by reports."""
+    found = _media(folders.temp_folder if query.get("temp") else folders.output_folder, query.get("name", ""))
+    if (folders.output_folder / STUDIES).resolve() in found.parents:
+        raise UsageError("Studies are looked at on the tabs Vote and Report.")
+    return found
 
 
 def start(folders: LocalHost, query: Any) -> Path:
@@ -87,6 +96,20 @@ def start(folders: LocalHost, query: Any) -> Path:
     if not name.startswith("cogloom-") or "/" in name or "\\" in name:
         raise UsageError("There is no such picture or video.")
     return _media(folders.input_folder, name)
+
+
+def vote(folders: LocalHost, query: Any) -> Path:
+    """A side of a pair of the Vote tab."""
+    from .vote_tab import clip as side  # with Gradio, which this module does without
+
+    return side(folders, query)
+
+
+def report(folders: LocalHost, query: Any) -> Path:
+    """A file of a study's report, which the app has written with every name in it escaped."""
+    from .report_tab import file
+
+    return file(folders, query)
 
 
 def _media(folder: Path, name: str) -> Path:
