@@ -7,7 +7,7 @@ where the name says so.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +78,44 @@ def grid(clips: list[torch.Tensor], columns: int, gap: int = 4) -> torch.Tensor:
         tile = sheet[:, top : top + height, left : left + width]
         tile[: len(clip)] = clip
         tile[len(clip) :] = clip[-1]
+    return sheet
+
+
+def edged(
+    tiles: Sequence[Sequence[torch.Tensor | None]], rows: Sequence[str], columns: Sequence[str], gap: int = 4
+) -> torch.Tensor:
+    """Rows of clips of one size -> (longest F, H, W, 3) with even sides: what a row has in common at its left, a column
+    above it. Where there is no clip it stays dark; a shorter one holds its last frame. Without any text on an edge that
+    edge is left out.
+
+    UsageError: no clips, sizes that differ, or edges that do not fit the rows and columns.
+    """
+    clips = [clip for row in tiles for clip in row if clip is not None]
+    if not clips or len(tiles) != len(rows) or any(len(row) != len(columns) for row in tiles):
+        raise UsageError(
+            f"A grid of {len(clips)} clips in rows of {', '.join(str(len(row)) for row in tiles) or 'none'}, labelled "
+            f"{len(rows)} × {len(columns)}; each row has a clip or None per column, and one is a clip at least."
+        )
+    if len({tuple(clip.shape[1:]) for clip in clips}) > 1:
+        raise UsageError("A grid holds clips of one size; enlarge or reduce them alike.")
+    height, width = clips[0].shape[1:3]
+    left = min(200, max(96, width)) if any(rows) else 0
+    top = max(28, height // 20 * 2) if any(columns) else 0
+    tall, wide = top + len(rows) * (height + gap) - gap, left + len(columns) * (width + gap) - gap
+    length = max(len(clip) for clip in clips)
+    sheet = clips[0].new_full((length, tall + tall % 2, wide + wide % 2, 3), _GROUND / 255)
+    for j, text in enumerate(columns if top else ()):
+        x = left + j * (width + gap)
+        sheet[:, :top, x : x + width] = caption_strip(width, text, top)[:top].to(sheet)
+    for i, (row, text) in enumerate(zip(tiles, rows, strict=True)):
+        y = top + i * (height + gap)
+        if left:
+            sheet[:, y : y + height, :left] = caption_strip(left, text, height)[:height].to(sheet)
+        for j, clip in enumerate(row):
+            if clip is not None:
+                tile = sheet[:, y : y + height, left + j * (width + gap) :][:, :, :width]
+                tile[: len(clip)] = clip
+                tile[len(clip) :] = clip[-1]
     return sheet
 
 

@@ -130,7 +130,7 @@ class Difference:
         at = f"over {plural(self.pairs, 'pair')}{self._prompts()}{self._dropped()}"
         if not math.isfinite(self.said.low):
             return f"{head} = {_plain(self.mean, 3)} {at}; a single {self._unit()} has no interval."
-        mean, low, high = _numbers(self.mean, self.said.low, self.said.high)
+        mean, low, high = numbers(self.mean, self.said.low, self.said.high)
         return f"{head} = {mean} ({low} to {high}) {at}{self._corrected()}: {self._verdict()}."
 
     def to_json(self) -> dict[str, Any]:
@@ -473,7 +473,7 @@ def _plain(number: float, digits: int) -> str:
     return f"{number:.{digits}g}".replace("-", "−")
 
 
-def _numbers(mean: float, low: float, high: float) -> tuple[str, str, str]:
+def numbers(mean: float, low: float, high: float) -> tuple[str, str, str]:
     """With as many digits as the interval's width warrants, and a bound that is not 0 not rounded to it."""
     half = (high - low) / 2 or abs(mean) / 10
     digits = warranted = max(-math.floor(math.log10(half / 3)), 0) if half else 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nodes.engine.errors import UsageError
-from nodes.engine.layout import caption_strip, contact_sheet, enlarged, grid, labelled
+from nodes.engine.layout import caption_strip, contact_sheet, edged, enlarged, grid, labelled
 
 
 def clip(frames: int = 3, height: int = 48, width: int = 64, value: float = 0.5) -> torch.Tensor:
@@ -117,3 +117,51 @@ def test_a_contact_sheet_has_a_row_for_each_clip():
     assert ink(torch.tensor(list(sheet.crop((0, 0, 160, 96)).tobytes())).view(96, 160, 3) / 255).any()
     with pytest.raises(UsageError, match="0 clips"):
         contact_sheet([])
+
+
+# --- a grid with its axes on the edges --------------------------------------------------------------------------------
+
+
+def test_an_edged_grid_has_each_clip_under_its_column_and_beside_its_row():
+    tiles = [[clip(value=0.1), None], [clip(value=0.3), clip(frames=2, value=0.4)]]
+    sheet = edged(tiles, ["neon", "glow"], ["0.5", "1"])
+    left, top, gap = 96, 28, 4
+    assert sheet.shape == (3, top + 2 * 48 + gap, left + 2 * 64 + gap, 3)
+    for i, row in enumerate(tiles):
+        for j, one in enumerate(row):
+            y, x = top + i * (48 + gap), left + j * (64 + gap)
+            tile = sheet[:, y : y + 48, x : x + 64]
+            expected = clip(value=38 / 255) if one is None else one[[0, 1, -1]]  # a shorter one holds its last
+            assert torch.allclose(tile, expected)
+    assert ink(sheet[0, :top, left : left + 64]).any()
+    assert ink(sheet[0, top : top + 48, :left]).any()
+    assert not ink(sheet[0, :top, :left]).any()
+
+
+def test_edges_without_text_are_left_out_and_sides_are_even():
+    sheet = edged([[clip(height=33, width=47)]], [""], [""])
+    assert sheet.shape == (3, 34, 48, 3)
+    assert edged([[clip(height=33, width=47)]], [""], ["a"]).shape == (3, 62, 48, 3)
+    assert edged([[clip(height=33, width=47)]], ["a"], [""]).shape == (3, 34, 144, 3)
+
+
+def test_half_floats_stay_half_and_are_the_same_eight_bits():
+    frames = torch.arange(256).repeat(3).div(255).view(1, 16, 16, 3)
+    whole, half = edged([[frames]], ["a"], ["b"]), edged([[frames.half()]], ["a"], ["b"])
+    assert half.dtype == torch.float16
+    assert torch.equal(whole.mul(255).round(), half.float().mul(255).round())
+
+
+@pytest.mark.parametrize(
+    ("tiles", "rows", "columns", "said"),
+    [
+        ([], [], [], "A grid of 0 clips in rows of none"),
+        ([[None]], ["a"], ["b"], "A grid of 0 clips"),
+        ([[clip()]], ["a", "b"], ["c"], "labelled 2 × 1"),
+        ([[clip(), clip()], [clip()]], ["a", "b"], ["c", "d"], "in rows of 2, 1"),
+        ([[clip(), clip(width=32)]], ["a"], ["b", "c"], "clips of one size"),
+    ],
+)
+def test_an_edged_grid_that_does_not_fit_together_is_refused(tiles, rows, columns, said):
+    with pytest.raises(UsageError, match=said):
+        edged(tiles, rows, columns)
