@@ -325,7 +325,7 @@ class _Filter:
             *("-video_size", f"{width}x{2 * height}", "-framerate", "25", "-i", "pipe:0"),
             *("-filter_complex", f"{both};{self.graph}[out]", "-map", "[out]", "-f", "null", "-"),
         ]
-        with video._ffmpeg(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as (process, finish):
+        with video.ffmpeg(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as (process, finish):
             try:
                 for x, y in zip(_bytes(shown.frames), _bytes(reference.frames), strict=True):
                     process.stdin.write(torch.cat([x, y]).numpy().tobytes())

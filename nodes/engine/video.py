@@ -215,7 +215,7 @@ def _crf(container: _Container, quality: int | None, path: Path) -> list[str]:
 
 def _encode(frames: torch.Tensor, arguments: list[str], path: Path) -> None:
     arguments = ["-loglevel", "level+error", "-y", *arguments]
-    with _ffmpeg(arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as (process, finish):
+    with ffmpeg(arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as (process, finish):
         starved = False
         try:
             for frame in frames:
@@ -262,7 +262,7 @@ def read_video(path: Path, max_frames: int | None = None) -> tuple[torch.Tensor,
         *("-vf", "scale=flags=bicubic+accurate_rnd+full_chroma_int", "-pix_fmt", "rgb24"),
         *("-f", "image2pipe", "-c:v", "ppm", "pipe:1"),
     ]
-    with _ffmpeg(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as (process, finish):
+    with ffmpeg(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as (process, finish):
         for frame in _ppm_frames(process.stdout):
             if frames and frame.shape != frames[0].shape:
                 raise Unreadable(f"{path.name}: the picture changes its size at frame {len(frames)}; encode it anew.")
@@ -322,7 +322,7 @@ def read_tags(path: Path) -> dict[str, str]:
     if path.suffix.lower() in STILLS:
         return {}
     command = ["-loglevel", "level+error", *_READ, "-i", str(path.absolute()), "-f", "ffmetadata", "pipe:1"]
-    with _ffmpeg(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as (process, finish):
+    with ffmpeg(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as (process, finish):
         text = process.stdout.read().decode("utf-8", "replace")
         end = finish()
     if end.code or end.errors:
@@ -461,7 +461,7 @@ class _End:
 
 
 @contextlib.contextmanager
-def _ffmpeg(arguments: list[str], stdin: int, stdout: int) -> Iterator[tuple[Any, Callable[[], _End]]]:
+def ffmpeg(arguments: list[str], stdin: int, stdout: int) -> Iterator[tuple[Any, Callable[[], _End]]]:
     """ffmpeg at work: its process, and a function that waits for its end. It is killed if the body raises."""
     try:
         import imageio_ffmpeg
