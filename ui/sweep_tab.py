@@ -19,7 +19,7 @@ from nodes.engine.checkpoints import DEMO
 from nodes.engine.conclude import Average, Conclusions, conclude
 from nodes.engine.errors import CogLoomError, UsageError
 from nodes.engine.lora_stack import LoraStack
-from nodes.engine.statistics import _numbers as numbers
+from nodes.engine.statistics import numbers
 from nodes.engine.study import Plan, Study, items
 from nodes.export import defaults
 from nodes.host import LocalHost, contained
