@@ -56,6 +56,16 @@ PICTURES = {
     "CogLoomCompare": Picture(template="compare_a_b"),
     "CogLoomLoraInfo": Picture({"adapter": "neon.safetensors"}),
     "CogLoomNativeLora": Picture({}, (300, 0)),
+    "CogLoomGrid": Picture(
+        {
+            "prompts": "a large cyan triangle moving left on a navy background\n"
+            "a small red square standing still on a gray background",
+            "weights": "0,0.5,1",
+            "vary": "guidance=4,6",
+        },
+        (420, 780),
+    ),
+    "CogLoomMetrics": Picture(template="sweep"),
     "CogLoomLoraSave": Picture({"name": "loras/neon-bounce"}),
 }
 

@@ -39,7 +39,7 @@ from .lora import (
 from .model import choose_base, list_bases
 from .native import base_from_file, native_lora
 from .render import Clip, Encoded, Shot, decode, encode, hash_of, sample, save
-from .schema import BASE, LORA_STACK, RECORD, STACK, Choice, Flag, Number, Out, Shown, Socket, Text, Whole, node
+from .schema import BASE, LORA_STACK, RECORD, STACK, STUDY, Choice, Flag, Number, Out, Shown, Socket, Text, Whole, node
 
 ABSENT = " (not downloaded)"  # behind an id in the list of checkpoints; never part of its name
 
@@ -597,3 +597,123 @@ def lora_save(host: Host, stack: StackIn, name: Prefix = "loras/CogLoom") -> Sho
     path = save_adapter(host, stack, numbered(host.output_folder, name, ".safetensors"))
     return Shown((), {"text": [f"{path.relative_to(host.output_folder.resolve()).as_posix()}, "
                                f"{path.stat().st_size / 1e6:.2f} MB"]})  # fmt: skip
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+# `grid` and what it builds on take most of a second to import: when a study is asked for, and not at ComfyUI's start.
+
+
+def _check_grid(
+    host: Host,
+    vary: str | None = None,
+    seeds: str | None = None,
+    weights: str | None = None,
+    prompts: str | None = None,
+    name: str | None = None,
+    **_: Any,
+) -> None:
+    from . import grid
+
+    grid.check_texts(vary, seeds, weights, prompts, name)
+
+
+@node(
+    "CogLoomGrid", "CogVideoX Grid",
+    (
+        Out("grid", "IMAGE", "All clips in one picture, in step, with what varies on its edges."),
+        Out("fps", "FLOAT", "Frames per second."),
+        Out("study", STUDY, "The study, for CogVideoX Metrics Table."),
+        Out("verdict", "STRING", "What was found to differ, in words."),
+    ),
+    shows=True, check=_check_grid, search=("XY plot", "sweep", "study", "weights", "seeds", "parameter grid"),
+)  # fmt: skip
+def grid_of_clips(
+    host: Host,
+    base: BaseIn,
+    name: Annotated[str, Text(tip="The study's name, a folder in output/studies. The same name goes on with it: what "
+                              "is there is not rendered again.")] = "sweep",
+    prompts: Annotated[str, Text(lines=True, tip="One a line. Lines that begin with # are left out.")] = "",
+    negative: Annotated[str, Text(lines=True, tip="What not to show, for all of them; may stay empty.")] = "",
+    seeds: Annotated[str, Text(tip="Such as 0-3 or 1,5,7. Each prompt is rendered with each of them.")] = "0-1",
+    weights: Annotated[str, Text(tip="Such as 0.5,1: every stack at each of them, which multiply its own weights. "
+                                 "Empty: each stack once, as it is.")] = "",
+    vary: Annotated[str, Text(lines=True, tip="A setting with its values, one a line, such as guidance=4,6 or "
+                              "steps=20,50. Empty: none.")] = "",
+    labels: Annotated[str, Text(tip="Names of the stacks, with commas. Empty: made from the stacks.")] = "",
+    base_too: Annotated[bool, Flag(tip="Render the base without any adapter as well, which the others are measured "
+                                   "against.")] = True,
+    steps: StepCount = 0,
+    guidance: Guidance = 0.0,
+    dynamic_guidance: Dynamic = False,
+    scheduler: Scheduler = "auto",
+    frames: Frames = 0,
+    width: Width = 0,
+    height: Height = 0,
+    stack: Annotated[LoraStack | None, Socket(STACK, tip="A LoRA stack to try. Not connected: none.")] = None,
+    stack_b: Annotated[LoraStack | None, Socket(STACK, tip="A second, if you like.")] = None,
+    stack_c: Annotated[LoraStack | None, Socket(STACK, tip="A third, if you like.")] = None,
+    stack_d: Annotated[LoraStack | None, Socket(STACK, tip="A fourth, if you like.")] = None,
+    image: Annotated[Any, Socket("IMAGE", tip="A picture that all clips start from, on an image-to-video base.")]
+    = None,
+) -> Shown:  # fmt: skip
+    """Render stacks, weights and settings over prompts and seeds, with the same noise for all, measure every clip and
+    lay them out as one video with labelled edges. Stopped at any moment, it goes on where it was."""
+    from . import grid
+
+    shot = _shot(
+        0, steps, guidance, dynamic_guidance, scheduler, frames, width, height, negative=negative,
+        image=None if image is None else _rgb(image)[0],
+    )  # fmt: skip
+    arms = grid.arms_from((stack, stack_b, stack_c, stack_d), labels, weights, vary, base_too)
+    study = grid.render_study(host, base, name, arms, prompts, seeds, shot)
+    picture, fps, left_out = grid.picture(host, study)
+    said = "\n".join((*grid.verdict_of(study), *left_out))
+    path = numbered(host.output_folder, f"CogLoom/{name.strip()}", ".mp4")
+    save(host, Clip(picture, fps, grid.record_of(study)), path=path)
+    return Shown((picture, fps, study, said), {**host.seen(path), "text": [said]})
+
+
+def _check_metrics(host: Host, metrics: str | None = None, **_: Any) -> None:
+    from . import grid
+
+    grid.names_from(metrics or "")
+
+
+def _stamp_metrics(host: Host, **_: Any) -> Any:
+    from . import grid
+
+    return grid.state_of(host)
+
+
+@node(
+    "CogLoomMetrics", "CogVideoX Metrics Table",
+    (
+        Out("table", "STRING", "Arms and what they measure as a Markdown table, and the verdicts in words."),
+        Out("json", "STRING", "All of it as JSON: means, differences, intervals, votes."),
+    ),
+    shows=True, check=_check_metrics, stamp=_stamp_metrics, search=("statistics", "compare metrics", "study", "report"),
+)  # fmt: skip
+def metrics_table(
+    host: Host,
+    name: Annotated[str, Text(tip="A study of output/studies by its name, when none is connected.")] = "",
+    metrics: Annotated[str, Text(tip="Names with commas, such as motion, psnr: built-in ones, and those of installed "
+                                 "packages. Empty: all that are built in.")] = "",
+    level: Annotated[float, Number(0.5, 0.999, 0.01, tip="How sure intervals are: 0.95 is usual. Higher tells less and "
+                                   "errs less.")] = 0.95,
+    report: Annotated[bool, Flag(tip="Write report.html into the study's folder as well: clips, plots and numbers in "
+                                 "one file that opens anywhere.")] = False,
+    study: Annotated[Any, Socket(STUDY, tip="From CogVideoX Grid. Not connected: the one of the name.")] = None,
+) -> Shown:  # fmt: skip
+    """What a study has shown: a mean for each arm and metric, and which arms differ, with intervals that are corrected
+    for their number. Differences are taken between clips of equal prompt and seed."""
+    from . import grid
+
+    found = grid.named_study(host, name) if study is None else study
+    concluded = grid.concluded_of(host, found, grid.names_from(metrics), level)
+    table = grid.table_of(found, concluded)
+    text, lines = table.markdown(), table.shown()
+    if report:
+        page = grid.write_report(host, found, level)
+        lines["words"].append(f"Report: {page}")
+    return Shown((text, grid.as_json(concluded)), {"text": [text], "cogloom_table": [lines]})

@@ -20,7 +20,7 @@ from typing import Any
 from .engine.errors import CogLoomError, UsageError
 from .host import Host
 
-BASE, STACK, RECORD = "COGLOOM_BASE", "COGLOOM_STACK", "COGLOOM_RECORD"
+BASE, STACK, RECORD, STUDY = "COGLOOM_BASE", "COGLOOM_STACK", "COGLOOM_RECORD", "COGLOOM_STUDY"
 LORA_STACK = "LORA_STACK"  # a list of (name, model strength, text encoder strength), as other packs make it
 
 

@@ -192,8 +192,8 @@ def test_seeds_stand_still(name: str):
     """So that the first run gives the clip of the thumbnail."""
     seeds = [n["widgets_values"][widgets(n["type"]).index("seed") + 1] for n in workflow(name)["nodes"]
              if "seed" in ({} if n["type"] == "Note" else widgets(n["type"]))]  # fmt: skip
-    assert seeds
-    assert set(seeds) == {"fixed"}
+    assert seeds or any("seeds" in node["inputs"] for node in api(name).values())  # a text of them has no such control
+    assert set(seeds) <= {"fixed"}
 
 
 @templates

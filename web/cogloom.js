@@ -1,10 +1,12 @@
-/** What the pack adds to ComfyUI's page: the stack's rows, a preview while sampling, a player that compares. */
+/** What the pack adds to ComfyUI's page: the stack's rows, a preview while sampling, a player that compares,
+ * what a node has to say. */
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { COMPARE, prepareCompare, restoreClips, showClips } from "./compare.js";
 import { styleSheet } from "./dom.js";
 import { endPreviews, showPreview } from "./preview.js";
+import { restoreSaid, showSaid } from "./said.js";
 import { ask, forgetLists } from "./server.js";
 import { refreshStacks, showStatus, stackWidget } from "./stack.js";
 import { texts } from "./text.js";
@@ -39,9 +41,10 @@ app.registerExtension({
     styleSheet("cogloom.css");
     api.addEventListener("cogloom.preview", ({ detail }) => showPreview(detail, text()));
     api.addEventListener("executing", ({ detail }) => endPreviews(detail?.node ?? detail));
-    api.addEventListener("executed", ({ detail }) =>
-      showClips(detail.display_node ?? detail.node, detail.output, text()),
-    );
+    api.addEventListener("executed", ({ detail }) => {
+      showClips(detail.display_node ?? detail.node, detail.output, text());
+      showSaid(detail.display_node ?? detail.node, detail.output, text());
+    });
     for (const type of ["execution_success", "execution_error", "execution_interrupted"]) {
       api.addEventListener(type, afterRun);
     }
@@ -52,7 +55,10 @@ app.registerExtension({
   afterConfigureGraph() {
     later();
     // The front end gives the outputs back after the graph is there, without a word to extensions.
-    setTimeout(() => restoreClips(text()), 300);
+    setTimeout(() => {
+      restoreClips(text());
+      restoreSaid(text());
+    }, 300);
   },
 
   refreshComboInNodes() {

@@ -118,6 +118,7 @@ const EN = {
   player_keys: "Space: play. ← →: frame by frame. 1–4: mode. L: loop. S: swap.",
   // the preview
   preview: "Preview while sampling",
+  said: "What came of it",
   step_of: "step {n} / {all}",
 };
 
@@ -233,6 +234,7 @@ const ZH = {
   clip_failed: "{label}：无法显示此视频。",
   player_keys: "空格：播放。← →：逐帧。1–4：方式。L：循环。S：交换。",
   preview: "采样过程预览",
+  said: "运行结果",
   step_of: "第 {n} 步，共 {all} 步",
 };
 

@@ -259,6 +259,41 @@ TEMPLATES = {
         thumbnail="compare",
         filmstrip=False,
     ),
+    "sweep": Template(
+        "Which weight?",
+        "A LoRA at several weights over prompts and seeds: a grid with the weights along its edge, and a table of what "
+        "was measured, with what can be told apart in words. Weight 0 is the base. Stop it at any moment: the next run "
+        "goes on where it was, and another stack or seed is added to what is there.",
+        {
+            "base": base(),
+            "stack": Put("CogLoomLoraStack", {"rows": rows({"adapter": "sunset.safetensors"})}, 400, 260),
+            "grid": Put(
+                "CogLoomGrid",
+                {
+                    "base": Wire("base", "base"),
+                    "name": "sweep",
+                    "prompts": "a large cyan triangle moving left on a navy background\n"
+                    "a large yellow circle moving up on a maroon background\n"
+                    "a small red square standing still on a gray background",
+                    "seeds": "0-1",
+                    "weights": "0,0.5,1",
+                    "base_too": False,
+                    "steps": 10,
+                    "stack": STACK,
+                },
+                480,
+                1480,
+            ),
+            "metrics": Put("CogLoomMetrics", {"study": Wire("grid", "study"), "metrics": ""}, 620, 620),
+        },
+        {
+            "Base and LoRA": [["note", "base", "stack"]],
+            "Grid": [["grid"]],
+            "Metrics": [["metrics"]],
+        },
+        thumbnail="grid",
+        filmstrip=False,
+    ),
     "native_model": Template(
         "LoRA on ComfyUI's own model",
         "A CogLoom stack on ComfyUI's own CogVideoX (ComfyUI 0.21 or newer), with KSampler and the core nodes. Choose "

@@ -22,6 +22,8 @@ OUTPUTS = {
     "CogLoomLoraInfo": ("text",),
     "CogLoomLoraSave": (),
     "CogLoomNativeLora": ("model", "positive", "negative"),
+    "CogLoomGrid": ("grid", "fps", "study", "verdict"),
+    "CogLoomMetrics": ("table", "json"),
 }  # the outputs, in the order that is for good
 
 
