@@ -230,6 +230,8 @@ class Estimate:
 
     def words(self) -> str:
         left = self.cells - self.done
+        if not left:
+            return f"All {self.cells} clips are there."
         time = "" if self.seconds is None else f", about {_minutes(self.seconds)}"
         done = f" of {self.cells} ({self.done} are there)" if self.done else ""
         shared = f" of {self.steps:,}, for {self.shared:,} are shared between arms" if self.shared else ""

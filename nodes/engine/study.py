@@ -166,7 +166,9 @@ class Plan:
             for entry, digest in zip(arm.stack, arm.hashes, strict=True)
             if not entry.absent
         )
-        base = {k: v for k, v in asdict(self.base).items() if k not in ("name", "folder", "file", "stamp")}
+        # Which parts, device and dtype they come to is in `common`, however it was asked for; placement changes no bit.
+        own = ("name", "folder", "file", "stamp", "device", "dtype", "placement")
+        base = {k: v for k, v in asdict(self.base).items() if k not in own}
         return _digest(base, self.common, self.start, sorted(self.settings_of(arm).items()), arm.stack.hold, stack)
 
     def to_json(self) -> dict[str, Any]:
@@ -323,7 +325,8 @@ class Study:
 
     def _check_continues(self, there: Study) -> None:
         mine, theirs = self.plan, there.plan
-        held, holds = (replace(plan.base, folder="", stamp=()) for plan in (mine, theirs))
+        same: dict[str, Any] = {"name": "", "folder": "", "file": "", "stamp": (), "device": "auto", "dtype": "auto"}
+        held, holds = (replace(plan.base, **same, placement="auto") for plan in (mine, theirs))
         for what, now, then in (
             ("base or the machine that computes it", mine.common, theirs.common),
             ("way to hold the base", held, holds),

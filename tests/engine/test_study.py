@@ -55,7 +55,10 @@ def test_cells_are_ordered_so_that_stopping_early_says_something():
 def test_a_cell_is_known_by_what_decides_its_frames_alone():
     one = plan()
     renamed = plan(arm("other name"), arm("a", ("a", 1.0, "")), seeds=(1, 0, 5))
-    moved = replace(one, base=replace(one.base, folder="/elsewhere", name="called so"))
+    elsewhere = replace(
+        one.base, folder="/elsewhere", name="called so", device="cpu", dtype="fp32", placement="resident"
+    )
+    moved = replace(one, base=elsewhere)  # what device and dtype come to is in `common`
     ids = {(cell.arm, *cell.key): cell.id for cell in one.cells}
     assert {(c.arm, *c.key): c.id for c in moved.cells} == ids
     assert {cell.id for cell in one.cells if cell.arm == "base"} <= {cell.id for cell in renamed.cells}
@@ -137,7 +140,7 @@ def test_a_study_is_begun_once_and_gone_on_with(tmp_path: Path):
     [
         (replace(plan(), common=(("device", "cuda"),)), MADE, "device cuda and not None"),
         (replace(plan(), settings=items({**dict(SETTINGS), "steps": 11})), MADE, "steps 11 and not 10"),
-        (replace(plan(), base=replace(plan().base, dtype="fp16")), MADE, "dtype fp16 and not auto"),
+        (replace(plan(), base=replace(plan().base, quantise="int8")), MADE, "quantise int8 and not none"),
         (replace(plan(), start=(("image", "y"),)), MADE, "image y and not None"),
         (plan(), {**MADE, "torch": "3"}, "torch 3 and not 2"),
     ],
