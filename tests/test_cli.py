@@ -160,10 +160,10 @@ def test_a_defect_is_called_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_ctrl_c_stops_within_a_step_and_leaves_no_file(tmp_path: Path):
     code = (
         "import sys, os, signal, app; from nodes.host import LocalHost\n"
-        "class Bar(app._Bar):\n"
+        "class Bar(app.Bar):\n"
         "    def __call__(self, done, total, what, preview=None):\n"
         "        if what == 'denoising' and done == 2: os.kill(os.getpid(), signal.SIGINT)\n"
-        "app._Bar = Bar\n"
+        "app.Bar = Bar\n"
         "sys.exit(app.main(['render', 'a red circle', '--base', 'tiny-t2v', '--steps', '500', '-o', sys.argv[1]]))"
     )
     out = tmp_path / "clip.mp4"
