@@ -35,6 +35,9 @@ examples:
   python app.py loras scale mine 1/256          settle a scale that the file does not say
   python app.py loras convert mp_rank_00_model_states.pt   a SAT checkpoint's adapter as safetensors
   python app.py train my_clips --name mine      an adapter from a folder of clips and stills
+  python app.py compare neon bounce --weights 0.5,1 --prompt "…" --seeds 0-3   which is better, with evidence
+  python app.py vote STUDY                      judge its clips without knowing which is which
+  python app.py workshop extract my_finetune -o mine.safetensors --rank 64   a fine-tuned model as an adapter
   python app.py doctor                          what works on this machine, and what to do about the rest
 
 exit codes: 0 done, 1 failed (one paragraph on stderr says why), 2 wrong arguments, 130 stopped
@@ -205,9 +208,11 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(train)
     _base_options(train)
 
-    from ui.commands import add_commands
+    from ui import commands as studies
+    from ui import workshop_commands as workshop
 
-    add_commands(command, _base_options)
+    studies.add_commands(command, _base_options)
+    workshop.add_commands(command, _base_options)
     return parser
 
 

@@ -39,6 +39,9 @@ def add_commands(command: Command, base_options: Callable[[argparse.ArgumentPars
                          help="differences of norms and biases in full (the default); diffusers cannot read "
                          "them")  # fmt: skip
     extract.add_argument("--drop-norms", action="store_false", dest="norms", help="matrices alone")
+    extract.add_argument("--as-trained", action="store_true",
+                         help="where the fine-tune is stored more coarsely than its base: the difference to the base "
+                         "as rounded")  # fmt: skip
     _numbers(extract, "bf16")
 
     merge = action("merge", _merge, "several adapters as one")
@@ -106,13 +109,16 @@ def _extract(host: LocalHost, args: argparse.Namespace) -> int:
     cut = cut_from(args.rank, args.energy, args.size_mb)
     said = {"base": args.base} if args.base else {}
     said |= {"cut": cut} if cut.to_json() else {}
-    done = extract_adapter(host, args.finetuned, args.output, keep_norms=args.norms, dtype=args.dtype,
-                           device=args.device, force=args.force, **said)  # fmt: skip
+    done = extract_adapter(host, args.finetuned, args.output, keep_norms=args.norms, as_trained=args.as_trained,
+                           dtype=args.dtype, device=args.device, force=args.force, **said)  # fmt: skip
     if args.json:
         print_json(done.to_json())
         return 0
-    say(f"{_size(done.source_bytes)} -> {_size(done.target_bytes)}, in {done.layout}'s names")
+    say(f"{_size(done.source_bytes)} -> {_size(done.target_bytes)}, layout {done.layout}")
     _say_fidelity(done.fidelity)
+    if done.cast > 0.01:
+        say(f"{min(done.cast, 1):.1%} of the difference is the base as rounded to the fine-tune's precision and no "
+            "training; --as-trained leaves it out")  # fmt: skip
     if done.unchanged:
         say(f"{len(done.unchanged)} parameters are the base's to the bit")
     say(str(done.path))
@@ -147,7 +153,7 @@ def _say_merged(args: argparse.Namespace, done: Any) -> int:
         print_json(done.to_json())
         return 0
     say(f"{_size(done.source_bytes)} -> {_size(done.target_bytes)}, {done.before:,} -> {done.after:,} ranks in all, "
-        f"in {done.layout}'s names")  # fmt: skip
+        f"layout {done.layout}")  # fmt: skip
     if done.fidelity.kept:
         _say_fidelity(done.fidelity)
     say(str(done.path))
