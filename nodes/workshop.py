@@ -18,12 +18,12 @@ from .engine.checkpoints import (
     fingerprint,
     open_checkpoint,
     part_files,
+    tensors_of,
     transformer_config,
     transformer_hash,
     transformer_weights,
     with_file,
 )
-from .engine.checkpoints import _tensors as tensors_of
 from .engine.errors import StackError, UsageError
 from .engine.extract import Extraction, extract
 from .engine.lora_file import Adapter, fit

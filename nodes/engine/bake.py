@@ -25,8 +25,7 @@ from .lora_write import replacing_folder
 from .pristine import PristineFiles
 from .safetensors_file import FLOATS
 from .shrink import Step, quiet
-from .switch import Target, plan
-from .switch import _add as add
+from .switch import Target, add, plan
 
 if TYPE_CHECKING:
     from .lora_file import Adapter

@@ -437,7 +437,7 @@ def _spelling(like: Checkpoint, file: Path) -> tuple[Mapping[str, str], int]:
         wanted = native.shapes_of(config)
     except (KeyError, TypeError) as error:
         raise NotAModel(f"{like.folder.name}: its transformer's config.json lacks or garbles {error}.") from error
-    tensors = _tensors(file)
+    tensors = tensors_of(file)
     spelt = native.spelling(tensors)
     if spelt is None:
         names = ", ".join(list(tensors)[:3])
@@ -490,7 +490,7 @@ def could_be(family: Family, shapes: native.Shapes) -> bool:
 _PICKLE = "Pickled weights can execute code and are never loaded; get the safetensors version"
 
 
-def _tensors(file: Path) -> Mapping[str, Spec]:
+def tensors_of(file: Path) -> Mapping[str, Spec]:
     """The checked header. Raises ModelNotFound, NotAModel."""
     if not file.is_file():
         raise ModelNotFound(f"There is no file {file}. Choose one that is there.")

@@ -439,7 +439,7 @@ class Switch:
     def _sum(self, name: str, weight: torch.Tensor, parts: tuple[Part, ...], owners: Sequence[str]) -> None:
         if not parts:
             return
-        _add(weight, parts)
+        add(weight, parts)
         # A sum can only leave the dtype's range when a part could, which the factors tell beforehand; fp16 is narrow.
         bound = math.fsum(abs(w) * module.bound for module, w in parts)
         if weight.dtype == torch.float16 or not bound < 1e30:
@@ -471,7 +471,7 @@ class Switch:
                         again = torch.empty_like(value)
                         self._pristine.into(name, again)
                         right = checksum(again) == self._sealed[name]
-                        _add(again, parts)
+                        add(again, parts)
                         right = right and equal_bits(again, value)
                     if not right:
                         wrong.append(name)
@@ -493,7 +493,7 @@ class Switch:
                 self._pristine.release()
 
 
-def _add(weight: torch.Tensor, parts: tuple[Part, ...]) -> None:
+def add(weight: torch.Tensor, parts: tuple[Part, ...]) -> None:
     """Add the parts to the pristine weight, in place, with one rounding of the whole sum to its dtype: one per adapter
     would leave 42 % of four adapters' elements off the correctly rounded sum."""
     device, dtype = weight.device, weight.dtype
