@@ -36,9 +36,11 @@ def host(tmp_path: Path) -> LocalHost:
     )
 
 
-def planned(host: LocalHost, *stacks: str, seeds: tuple[int, ...] = (0,), base: str = "cogloom-demo") -> Plan:
+def planned(
+    host: LocalHost, *stacks: str, seeds: tuple[int, ...] = (0,), base: str = "cogloom-demo", steps: int = 4
+) -> Plan:
     arms = arms_of(Sweep(tuple(stack_from(host, text) for text in stacks)))
-    return plan_study(host, choose_base(host, base), arms, PROMPTS, seeds, Shot("", steps=4, frames=9))
+    return plan_study(host, choose_base(host, base), arms, PROMPTS, seeds, Shot("", steps=steps, frames=9))
 
 
 def files_of(study: Study) -> dict[str, str]:
@@ -194,7 +196,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.heavy
 def test_two_workers_give_the_bytes_of_none(host: LocalHost, alone: LocalHost):
-    plan = planned(host, "neon", LATE)
+    plan = planned(host, "neon", LATE, steps=40)  # long enough for both workers to have a part in it
     here = run(alone, begin(alone, "s", plan), METRICS)
     open_ports: list[str] = []
     said: list[str] = []
@@ -210,7 +212,9 @@ def test_two_workers_give_the_bytes_of_none(host: LocalHost, alone: LocalHost):
     assert len(files_of(study)) == 2 + 5 * 6
     logged = study.logged()
     assert len({row["pid"] for row in logged}) == 2
-    assert sum(row["shared"] for row in logged) == sum(row["shared"] for row in here.logged()) == 4
+    shared = sum(row["shared"] for row in here.logged())
+    assert shared > 0
+    assert sum(row["shared"] for row in logged) <= shared  # none, where a worker helps another to its end
     assert open_ports
     assert {ip.removeprefix("::ffff:") for ip in open_ports} == {"127.0.0.1"}  # nobody else may run code here
     assert any("worker 2 on" in text and "denoising" in text for text in said)
@@ -239,13 +243,13 @@ def test_a_killed_workers_cells_run_again(host: LocalHost, alone: LocalHost, add
 @pytest.mark.heavy
 @pytest.mark.skipif(sys.platform == "win32", reason="Ray names its processes where that can be done")
 def test_a_clip_that_ends_its_process_three_times_is_named(host: LocalHost):
-    study = begin(host, "s", planned(host, "neon"))
+    study = begin(host, "s", planned(host, "neon", steps=400))  # so long that it cannot end before it is ended
     ended = []
 
     def progress(done: int, total: int, what: str, look: object) -> None:
         if "seed 0" in what and "measuring" not in what:
             for process in rays():
-                if "CogLoom" in " ".join(process.cmdline()):
+                if "ray::CogLoom" in " ".join(process.cmdline()):  # a worker of ours, and nothing in a folder so called
                     process.kill()
                     ended.append(process.pid)
 
