@@ -53,11 +53,11 @@ function drawn({ columns, rows }) {
     ),
   );
   const table = make("table", {}, make("thead", {}, make("tr", {}, head)), make("tbody", {}, lines));
-  return make("div", { class: "cogloom-said-table" }, table);
+  return make("div", { class: "cogloom-told-table" }, table);
 }
 
 function add(node, height, width, text) {
-  const element = make("div", { class: "cogloom cogloom-said", tabindex: "0", role: "region", "aria-label": text.said });
+  const element = make("div", { class: "cogloom cogloom-told", tabindex: "0", role: "region", "aria-label": text.said });
   const widget = node.addDOMWidget("cogloom_said", "cogloom_said", element, {
     serialize: false,
     getMinHeight: () => height,

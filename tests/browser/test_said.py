@@ -32,11 +32,11 @@ def test_a_grid_shows_its_clips_and_a_table_what_they_measure(canvas: Canvas):
     canvas.show(metrics, scale=0.8, x=700, y=120)
     before = canvas.save()
     canvas.run()
-    table = canvas.page.locator(".cogloom-said table")
+    table = canvas.page.locator(".cogloom-told table")
     table.wait_for()
     expect(table.locator("thead th")).to_have_text(["arm", "motion (/s)", "psnr (dB)"])
     expect(table.locator("tbody th")).to_have_text(["base", "neon 1"])
-    expect(canvas.page.locator(".cogloom-said p").first).to_have_text("All 2 clips are rendered.")
+    expect(canvas.page.locator(".cogloom-told p").first).to_have_text("All 2 clips are rendered.")
     canvas.screenshot("metrics")
     box, room = table.bounding_box(), canvas.box(metrics)
     assert box is not None
@@ -51,7 +51,7 @@ def test_a_grid_shows_its_clips_and_a_table_what_they_measure(canvas: Canvas):
         assert "cogloom_said" not in canvas.graph_to_prompt()[node]["inputs"]
     saved = canvas.save()
     canvas.clear()
-    expect(canvas.page.locator(".cogloom-said")).to_have_count(0)
+    expect(canvas.page.locator(".cogloom-told")).to_have_count(0)
     canvas.load(saved)
     assert values_of(canvas.save(), grid)[: len(values_of(before, grid))] == values_of(before, grid)
 
@@ -61,7 +61,7 @@ def test_lines_are_text_and_nothing_else(canvas: Canvas):
     node = canvas.add("CogLoomLoraInfo", 100, 100, adapter="neon.safetensors")
     canvas.show(node, scale=0.8, x=500, y=120)
     canvas.run()
-    said = canvas.page.locator(".cogloom-said")
+    said = canvas.page.locator(".cogloom-told")
     expect(said.locator("p").first).to_contain_text("neon")
     canvas.evaluate(
         """async id => {
