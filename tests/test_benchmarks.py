@@ -127,11 +127,14 @@ def test_the_patch_peer_does_what_it_says(materials: Materials):
 
 
 def test_memory_that_comes_and_goes_is_seen():
-    with growth(CPU) as found:
-        for _ in range(2):
-            taken = torch.ones(64 << 20, dtype=torch.uint8)
-            del taken
-    assert 63 << 20 < found.bytes < 120 << 20
+    seen = []
+    for _ in range(3):  # what threads of other tests take meanwhile is seen, too; it is not there every time
+        with growth(CPU) as found:
+            for _ in range(2):
+                taken = torch.ones(64 << 20, dtype=torch.uint8)
+                del taken
+        seen.append(found.bytes)
+    assert 63 << 20 < min(seen) < 120 << 20
 
 
 def test_a_race_gives_each_its_turn():

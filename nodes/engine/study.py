@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -92,23 +93,23 @@ class Plan:
     title: str = ""
 
     def __post_init__(self) -> None:
+        count = len(self.arms) * len(self.prompts) * len(self.seeds)
+        if count > CELLS_CAP:
+            raise UsageError(f"{count:,} clips are more than {CELLS_CAP:,}; take fewer arms, prompts or seeds.")
         for given, what in (
             ([arm.label for arm in self.arms], "arm"),
             (self.prompts, "prompt"),
             (self.seeds, "seed"),
         ):
-            values: list[Any] = list(given)
+            values: Counter[Any] = Counter(given)
             if not values:
                 raise UsageError(f"A study needs at least one {what}, and there is none.")
-            twice = next((value for value in values if values.count(value) > 1), None)
-            if twice is not None:
+            (twice, often), *_ = values.most_common(1)
+            if often > 1:
                 raise UsageError(f"The {what} {str(twice)[:80]!r} is there twice; each is rendered once.")
         if not self.reference:
             object.__setattr__(self, "reference", self.arms[0].label)
         self.arm(self.reference)
-        count = len(self.arms) * len(self.prompts) * len(self.seeds)
-        if count > CELLS_CAP:
-            raise UsageError(f"{count:,} clips are more than {CELLS_CAP:,}; take fewer arms, prompts or seeds.")
         same: dict[str, str] = {}
         for arm in self.arms:
             other = same.setdefault(self._identity(arm), arm.label)
