@@ -405,6 +405,7 @@ def test_a_weight_that_was_ignored_is_the_loudest_thing_in_the_page(tmp_path):
     assert "not as asked" in text
 
 
+@pytest.mark.heavy
 def test_a_budget_makes_clips_smaller_and_then_leaves_them_out(tmp_path):
     study = Study.begin(tmp_path, plan(swept(("neon",)), ("a", "b")), {})
     torch.manual_seed(0)

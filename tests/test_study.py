@@ -172,6 +172,7 @@ def test_a_study_grows_without_rendering_anything_twice(host: LocalHost):
     assert all("flicker" in grown.measured(cell)["values"] for cell in grown.plan.cells)  # what was there lacked it
 
 
+@pytest.mark.heavy
 def test_a_stop_keeps_what_is_finished_and_another_run_ends_with_the_same_bytes(host: LocalHost):
     whole = run(host, begin(host, "whole", small(host, "neon[steps=held 1@0.5]", "bounce")), ["motion", "psnr"])
     stopped = begin(host, "stopped", whole.plan)

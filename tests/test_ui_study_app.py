@@ -186,6 +186,7 @@ def test_a_sweep_is_estimated_run_resumed_and_reported(client: Client, server: S
     assert client.predict("api", "ada", api_name="/vote_next")["prompt"] == PROMPT
 
 
+@pytest.mark.heavy
 def test_a_sweep_that_is_stopped_goes_on(client: Client, server: Server):
     asked = {"stacks": ["neon"], "prompts": [PROMPT], "seeds": "0-1", "metrics": ["motion"], "steps": 8, "frames": 9}
     job = client.submit("halted", **asked, api_name="/sweep")
