@@ -159,6 +159,7 @@ def test_every_clip_is_what_it_is_alone_and_each_step_is_computed_once(host: Loc
     assert open_study(host, "first") == study
 
 
+@pytest.mark.heavy
 def test_a_study_grows_without_rendering_anything_twice(host: LocalHost):
     study = begin(host, "grows", small(host, "neon"))
     run(host, study, ["motion"])

@@ -254,6 +254,7 @@ def test_only_datasets_below_the_data_folder_are_trained_on(client: Client, serv
     assert not (server.output / "training").exists()
 
 
+@pytest.mark.heavy
 def test_training_is_stopped_goes_on_and_lets_others_render(client: Client, server: Server):
     status = lambda: client.predict(api_name="/train_status")  # noqa: E731
     given = {**TRAINING, "steps": 100_000, "rank": 2}
