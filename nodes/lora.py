@@ -26,10 +26,11 @@ from .engine.lora_file import (
     resolve,
     resolve_path,
     stamp,
-    write,
 )
 from .engine.lora_index import Index, Row, scale_from, settle
 from .engine.lora_stack import Entry, LoraStack, parse
+from .engine.lora_write import best_target, write
+from .engine.merge import concatenate
 from .engine.pipeline import Base, pristine_files
 from .engine.sat import convert
 from .engine.switch import Norms
@@ -183,8 +184,9 @@ def change_entries(stack: LoraStack, names: str, **how: str) -> LoraStack:
 
 
 def save_adapter(host: Host, stack: LoraStack, path: Path) -> Path:
-    """Write a stack as one adapter in the diffusers format: the sum of its LoRA matrices by concatenation, so exact,
-    with a record of what went in. One adapter at weight 1 keeps its matrices as they are.
+    """Write a stack as one adapter: the sum of its LoRA matrices by concatenation, so exact, with a record of what went
+    in. One adapter at weight 1 keeps its matrices as they are. The names are diffusers', or ComfyUI's where there are
+    full differences, which diffusers does not read.
 
     Raises:
         StackError: a schedule, or a kind that has no matrices to put side by side. AdapterError, DiskFull
@@ -195,34 +197,7 @@ def save_adapter(host: Host, stack: LoraStack, path: Path) -> Path:
     timed = [entry.name for _, entry in wanted if entry.steps]
     if timed:
         raise StackError(f"A file cannot hold a schedule; take the steps off {', '.join(timed)}.")
-    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}  # A, B, factor
-    shapes: dict[str, tuple[int, ...]] = {}
-    for adapter, entry in wanted:
-        strength = entry.strength()
-        for module in adapter.modules:
-            factors = module.factors()
-            if factors is None:
-                raise StackError(
-                    f"{entry.name}: {module.name} is {type(module).__name__}, which is no product of two small "
-                    "matrices, so it cannot become part of a LoRA file."
-                )
-            factor = strength.of(module.name) * module.strength
-            if factor:
-                parts.setdefault(module.path, []).append((factors[1], factors[0], factor))
-                shapes[module.path] = module.shape
-    if not parts:
-        raise StackError("There is nothing to save: blocks and weights leave no layer.")
-    # A lone pair keeps its matrices, and its factor becomes alpha; a sum has the factors inside, and so is float32.
-    alone = all(len(pairs) == 1 and pairs[0][2] > 0 for pairs in parts.values())
-    dtypes = {tensor.dtype for pairs in parts.values() for pair in pairs for tensor in pair[:2]}
-    dtype = dtypes.pop() if alone and len(dtypes) == 1 else torch.float32
-    modules, alpha = dict[str, tuple[torch.Tensor, torch.Tensor]](), dict[str, float]()
-    for name, pairs in parts.items():
-        a = torch.cat([a.to(dtype) for a, _, _ in pairs])
-        b = torch.cat([b.to(dtype) if alone else b.to(dtype) * factor for _, b, factor in pairs], dim=1)
-        alpha[name] = len(a) * (pairs[0][2] if alone else 1.0)
-        kernel = shapes[name][1:]
-        modules[name] = (a.view(-1, *kernel), b.view(*b.shape, *(1 for _ in kernel[1:])))
+    modules = concatenate([(adapter, entry.strength()) for adapter, entry in wanted])
     parents = [
         {"name": adapter.name, "sha256": adapter.sha256, "weight": entry.weight, "blocks": entry.blocks,
          "scale": adapter.scale_reason}
@@ -232,7 +207,7 @@ def save_adapter(host: Host, stack: LoraStack, path: Path) -> Path:
     words = list(dict.fromkeys(word for adapter, _ in wanted for word in adapter.trigger_words))
     if words:
         metadata["cogloom.trigger_words"] = json.dumps(words)
-    return write(path, modules, alpha, metadata, dtype)
+    return write(path, modules, best_target(modules), metadata)
 
 
 def find_adapter(host: Host, name: str, anywhere: bool = False) -> Path:

@@ -263,7 +263,10 @@ def train(
             progress=progress,
             check_cancelled=check_cancelled,
         )
-        with _enough_memory(settings), _Trainer(base, plan, encoded, settings, out, identity) as trainer:
+        with (
+            enough_memory(lambda _: _too_large(settings)),
+            _Trainer(base, plan, encoded, settings, out, identity) as trainer,
+        ):
             if saved is not None:
                 trainer.restore(saved)
             return trainer.run(progress, check_cancelled)
@@ -1019,7 +1022,8 @@ def _set_aside(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _enough_memory(settings: Settings) -> Iterator[None]:
+def enough_memory(said: Callable[[str], str]) -> Iterator[None]:
+    """What either allocator raises becomes NotEnoughMemory; `said` makes its sentence of the allocator's first line."""
     import torch
 
     try:
@@ -1027,11 +1031,15 @@ def _enough_memory(settings: Settings) -> Iterator[None]:
     except RuntimeError as error:  # OutOfMemoryError is one; the CPU's allocator raises it plain
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        raise NotEnoughMemory(
-            f"{settings.batch_size} clips of {settings.frames} frames at {settings.width}x{settings.height} do not fit "
-            "into memory at once. Turn gradient_checkpointing on, or lower batch_size and raise gradient_accumulation; "
-            "a smaller rank saves little."
-        ) from error
+        raise NotEnoughMemory(said(str(error).splitlines()[0][:200])) from error
+
+
+def _too_large(settings: Settings) -> str:
+    return (
+        f"{settings.batch_size} clips of {settings.frames} frames at {settings.width}x{settings.height} do not fit "
+        "into memory at once. Turn gradient_checkpointing on, or lower batch_size and raise gradient_accumulation; "
+        "a smaller rank saves little."
+    )
 
 
 def _due(step: int, every: int) -> bool:

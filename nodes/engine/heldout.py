@@ -14,9 +14,8 @@ Guidance takes no part: this is the loss of training and not of a picture. Keys 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from torch import Tensor
 from . import dataset
 from .checkpoints import Checkpoint, fingerprint
 from .dataset import Encoded, Item
-from .errors import DatasetError, NotEnoughMemory, UsageError, WrongFamily
-from .finetune import pad_latents, rotary, signal_levels, velocity_loss
+from .errors import DatasetError, UsageError, WrongFamily
+from .finetune import enough_memory, pad_latents, rotary, signal_levels, velocity_loss
 from .measures import Metric
 from .pipeline import Base, Session, bases
 
@@ -125,7 +124,7 @@ def encode(
             states.update(zip(captions, bases.encode(base, captions, cache, note), strict=True))
         return torch.stack([states[text] for text in texts])
 
-    with bases.autoencoder(base) as vae, _enough_memory(f"Encoding {frames} frames of {width}×{height}"):
+    with bases.autoencoder(base) as vae, enough_memory(_too_large(f"Encoding {frames} frames of {width}×{height}")):
         vae.use_tiling = vae.use_slicing = False  # as in training; and the cache does not tell them apart
         encoded = dataset.encode(
             items,
@@ -231,7 +230,7 @@ def sample_losses(
     x = x.to(device, dtype)
     states = torch.stack([encoded.prompt(item.caption) for item in items]).to(device, dtype)
     what = f"{len(items)} clips of {x0.shape[1]} latent frames of {x0.shape[4]}×{x0.shape[3]}"
-    with _enough_memory(f"Measuring {what}"), resident.denoising(), torch.no_grad():
+    with enough_memory(_too_large(f"Measuring {what}")), resident.denoising(), torch.no_grad():
         predicted = transformer(
             hidden_states=x,
             encoder_hidden_states=states,
@@ -273,14 +272,8 @@ def _check_base(session: Session, held: HeldOut) -> None:
         )
 
 
-@contextlib.contextmanager
-def _enough_memory(what: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # OutOfMemoryError is one; the CPU's allocator raises it plain
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise NotEnoughMemory(
-            f"{what} did not fit into memory ({str(error).splitlines()[0][:200]}). Choose a smaller size, fewer "
-            "frames, a batch of 1 or placement group."
-        ) from error
+def _too_large(what: str) -> Callable[[str], str]:
+    return lambda line: (
+        f"{what} did not fit into memory ({line}). Choose a smaller size, fewer frames, a batch of 1 or placement "
+        "group."
+    )
