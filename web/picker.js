@@ -53,10 +53,15 @@ class Picker {
       this.note.textContent = fill(this.text.no_list, { error: error.message });
       return;
     }
+    const chosen = this.early;
+    this.loaded = true;
     this.filter();
+    if (chosen && this.element.isConnected) this.choose();
   }
 
   filter() {
+    this.early = false;
+    if (!this.loaded) return;
     const words = this.input.value.toLowerCase().split(/\s+/).filter(Boolean);
     const has = (text) => words.every((word) => text.includes(word));
     const order = ({ rank, name }) => 2 * rank + (has(name) ? 0 : 1); // what is called so before what is described so
@@ -109,10 +114,15 @@ class Picker {
     if (by) {
       event.preventDefault();
       this.go(Math.max(0, Math.min(this.at + by, this.found.length - 1)), true);
-    } else if (event.key === "Enter" && !event.isComposing && this.found.length) {
-      event.preventDefault(); // an Enter that ends a Chinese word is not a choice
-      this.onPick(this.found[this.at].adapter.name);
+    } else if (event.key === "Enter" && !event.isComposing) { // an Enter that ends a Chinese word is not a choice
+      event.preventDefault();
+      if (this.loaded) this.choose();
+      else this.early = true; // who types faster than the list comes means what it will find
     }
+  }
+
+  choose() {
+    if (this.found.length) this.onPick(this.found[this.at].adapter.name);
   }
 
   go(at, scroll = false) {

@@ -124,6 +124,7 @@ class Stack:
         expect(self.page.locator(".cogloom-popup")).to_have_count(0)
 
     def drag(self, start: Locator, dx: float, dy: float) -> None:
+        start.hover()  # it waits until the node has found its size
         box = start.bounding_box()
         assert box
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -197,6 +198,27 @@ def test_the_list_is_worked_by_keys(canvas: Canvas):
     expect(stack.page.locator(".cogloom-popup")).to_have_count(0)
     assert stack.names == [labels[1]]
     assert canvas.evaluate("() => app.graph.nodes.length") == 3  # none of those keys reached the canvas
+
+
+def test_an_enter_that_comes_before_the_list_chooses_what_the_list_finds(canvas: Canvas):
+    stack = Stack(canvas)
+    add = stack.element.get_by_role("button", name="Add LoRA")
+    add.click()
+    expect(stack.options.first).to_be_visible()  # no answer is under way any more
+    stack.page.keyboard.press("Escape")
+    held: list[Any] = []
+    canvas.page.route(re.compile("/cogloom/adapters"), lambda route: held.append(route))
+    add.click()
+    expect(stack.search).to_be_focused()
+    stack.page.keyboard.type("orbi")
+    stack.page.keyboard.press("Enter")
+    expect(stack.page.locator(".cogloom-note")).to_have_text("Loading…")
+    assert stack.names == []
+    assert held
+    for route in held:
+        route.continue_()
+    expect(stack.page.locator(".cogloom-popup")).to_have_count(0)
+    assert stack.names == ["orbit"]
 
 
 def test_what_does_not_fit_stands_last_in_the_list(canvas: Canvas):
