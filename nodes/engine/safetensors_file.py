@@ -47,7 +47,7 @@ _LARGE = 256 << 20  # bytes; for less it is not asked whether there is room
 _PAGE = 2 << 20  # bytes
 _SPARE = 128 << 20  # bytes of memory that adapters gave back and the next may have: one of rank 128 for CogVideoX-2b
 _PART = 4 << 20  # bytes that are read at a time, a multiple of every dtype's size
-_HEADER_KEPT = 256 << 10  # bytes; longer ones are not remembered
+HEADER_KEPT = 256 << 10  # bytes; longer ones are not remembered
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
@@ -127,7 +127,7 @@ class Source:
     size: int  # bytes
     tensors: Mapping[str, Spec]
     metadata: Mapping[str, str]
-    _head: bytes
+    head: bytes  # the length of the header, and the header
     _file: BufferedReader
     _modified: int  # ns
 
@@ -137,7 +137,7 @@ class Source:
         Raises:
             AdapterUnreadable: the file changed under the reader, or there is no memory for it.
         """
-        count = self.size - len(self._head)
+        count = self.size - len(self.head)
         # ComfyUI calls from inference mode; tensors made there could not be used in training.
         with _readable(self.path), torch.inference_mode(False):
             if count > _LARGE:  # a system that promises more than it has would end the process, not the read
@@ -169,7 +169,7 @@ class Source:
                 if spec.begin % tensor.itemsize:
                     tensor.view(-1).view(torch.uint8).copy_(body[spec.begin : spec.end])
                     copied += tensor.nbytes
-        return Content(tensors, len(self._head) + count + copied, peak, self._head, body)
+        return Content(tensors, len(self.head) + count + copied, peak, self.head, body)
 
     def _fill(
         self, body: torch.Tensor, dtype: torch.dtype | None, meanwhile: Callable[[], None]
@@ -187,7 +187,7 @@ class Source:
             done = peak = 0
             for at in starts:  # whose next is one step to Python, so that both get parts of their own
                 part = array[at : at + _PART]
-                count = self._read_at(part.data, len(self._head) + at, lock)
+                count = self._read_at(part.data, len(self.head) + at, lock)
                 done += count
                 if dtype is not None and count == len(part):
                     peak = max(peak, _magnitude(part, dtype.itemsize))
@@ -224,7 +224,7 @@ class Source:
         with _readable(self.path), torch.inference_mode(False):
             for name in names:
                 spec = self.tensors[name]
-                self._file.seek(len(self._head) + spec.begin)
+                self._file.seek(len(self.head) + spec.begin)
                 raw = self._file.read(spec.end - spec.begin)
                 if len(raw) != spec.end - spec.begin:
                     raise self._changed("got shorter")
@@ -304,7 +304,7 @@ def sha256_of(path: Path) -> str:
         AdapterNotFound, AdapterUnreadable
     """
     with opened(path) as source, _readable(path):
-        digest, done, chunk = hashlib.sha256(source._head), len(source._head), memoryview(bytearray(_CHUNK))
+        digest, done, chunk = hashlib.sha256(source.head), len(source.head), memoryview(bytearray(_CHUNK))
         source._file.seek(done)
         while count := source._file.readinto(chunk):
             digest.update(chunk[:count])
@@ -377,7 +377,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _header(raw: bytes, body: int) -> tuple[Mapping[str, Spec], Mapping[str, str]]:
     """As `_parsed`. Remembered: the checkpoints of a run have one header, and so has a file that is read again."""
-    return (_remembered if len(raw) <= _HEADER_KEPT else _parsed)(raw, body)
+    return (_remembered if len(raw) <= HEADER_KEPT else _parsed)(raw, body)
 
 
 def _parsed(raw: bytes, body: int) -> tuple[dict[str, Spec], dict[str, str]]:
