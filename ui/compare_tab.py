@@ -11,7 +11,7 @@ import gradio as gr
 
 from nodes.engine.errors import UsageError
 
-from . import make
+from . import make, running
 from . import stack as stacks
 from .app import Ui
 from .parts import part
@@ -78,27 +78,13 @@ def build(ui: Ui, render: Tab) -> Tab:
         except Exception as error:
             yield {progress: failed(error, language), ui.status: ui.state(), **idle}
 
-    go.click(lambda language: ({"state": "running", "text": text("waiting", _known(language))},
-                               gr.update(interactive=True)),
-             ui.language, [progress, stop], queue=False, show_progress="hidden", api_visibility="private")  # fmt: skip
+    running.waits(ui, go, progress, stop)
     event = go.click(
         compare, [ui.language, a, b, prompts, seeds, *ui.screen],
         [progress, results, player, pair, ui.gallery, ui.status, go, stop], trigger_mode="once",
         show_progress="hidden", api_visibility="private", **ui.queue,
     )  # fmt: skip
-
-    def crowded(language: str) -> tuple[Any, ...]:
-        return {"state": "failed", "text": text("crowded", _known(language))}, gr.update(interactive=False)
-
-    event.failure(crowded, ui.language, [progress, stop], queue=False, show_progress="hidden",
-                  api_visibility="private")  # fmt: skip
-
-    def halt(language: str) -> tuple[Any, ...]:
-        return ({"state": "done", "text": text("stopped", _known(language))}, gr.update(interactive=True),
-                gr.update(interactive=False))  # fmt: skip
-
-    stop.click(halt, ui.language, [progress, go, stop], cancels=[event], queue=False, show_progress="hidden",
-               api_visibility="private")  # fmt: skip
+    running.stops(ui, stop, [event], progress, [go])
     hidden = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     copy.click(lambda a: a, a, b, **hidden)
     swap.click(lambda a, b: (b, a), [a, b], [a, b], **hidden)

@@ -18,9 +18,8 @@ from nodes.engine.pipeline import bases
 from nodes.host import LocalHost
 from nodes.lora import trigger_words
 from nodes.render import Shot, settings_for
-from nodes.schema import sentence
 
-from . import gallery, make, start
+from . import errors_zh, gallery, make, running, start
 from . import stack as stacks
 from .app import Ui
 from .fields import component, field_label
@@ -134,14 +133,14 @@ def build(ui: Ui) -> tuple[Ui, Tab]:
     def render(language: str, locked: bool, text_of_rows: str, *values: Any) -> Iterator[dict[Any, Any]]:
         language = _known(language)
         watch: Watch[make.Made] = Watch(ui.host())
-        running = {go: gr.update(interactive=False), stop: gr.update(interactive=True)}
+        busy = {go: gr.update(interactive=False), stop: gr.update(interactive=True)}
         idle = {go: gr.update(interactive=True), stop: gr.update(interactive=False)}
         try:
             settings = ui.settings_of(*values)
             if not locked:
                 settings["seed"] = random.randrange(SEEDS)
             rows = stacks.rows_of(text_of_rows)
-            yield {progress: shown_of(Report("starting"), language), seed: settings["seed"], **running}
+            yield {progress: shown_of(Report("starting"), language), seed: settings["seed"], **busy}
             for report in watch.run(lambda: make.clip(watch.host, settings, rows)):
                 yield {progress: shown_of(report, language)}
             assert watch.result is not None
@@ -151,28 +150,12 @@ def build(ui: Ui) -> tuple[Ui, Tab]:
             yield {progress: failed(error, language), ui.status: ui.state(), **idle}
 
     inputs = [ui.language, lock, rows, *screen]
-    go.click(lambda language: ({"state": "running", "text": text("waiting", _known(language))},
-                                         gr.update(interactive=True)),
-                       ui.language, [progress, stop], queue=False, show_progress="hidden",
-                       api_visibility="private")  # fmt: skip
+    running.waits(ui, go, progress, stop)
     seen = "() => { if (innerWidth <= 640) document.getElementById('cl-progress').scrollIntoView({ block: 'start' }); }"
     go.click(None, None, None, js=seen)  # on a phone the button stays in sight, and what it does would not
     event = go.click(render, inputs, outputs, trigger_mode="once", show_progress="hidden", api_visibility="private",
                      **ui.queue)  # fmt: skip
-
-    def crowded(language: str) -> tuple[Any, ...]:
-        """What `render` catches it says itself; this is what never reached it."""
-        return {"state": "failed", "text": text("crowded", _known(language))}, gr.update(interactive=False)
-
-    event.failure(crowded, ui.language, [progress, stop], queue=False, show_progress="hidden",
-                  api_visibility="private")  # fmt: skip
-
-    def halt(language: str) -> tuple[Any, ...]:
-        return ({"state": "done", "text": text("stopped", _known(language))}, gr.update(interactive=True),
-                gr.update(interactive=False))  # fmt: skip
-
-    stop.click(halt, ui.language, [progress, go, stop], cancels=[event], queue=False, show_progress="hidden",
-               api_visibility="private")  # fmt: skip
+    running.stops(ui, stop, [event], progress, [go])
 
     def prove(language: str, *values: Any) -> Iterator[Any]:
         from .status import verified
@@ -241,13 +224,13 @@ def build(ui: Ui) -> tuple[Ui, Tab]:
                  api_visibility="private")  # fmt: skip
     ui.told.append((chips, lambda language: {"value": _chips(language)}))
 
-    def taken(event: gr.EventData) -> Any:
+    def taken(language: str, event: gr.EventData) -> Any:
         try:
             return start.take(ui.folders, getattr(event, "kind", None), getattr(event, "path", None))
         except CogLoomError as error:
-            raise gr.Error(sentence(error), print_exception=False) from None
+            raise gr.Error(errors_zh.worded(error, _known(language)), print_exception=False) from None
 
-    begin.upload(taken, None, begin, queue=False, show_progress="hidden", api_visibility="private")  # fmt: skip
+    begin.upload(taken, ui.language, begin, queue=False, show_progress="hidden", api_visibility="private")  # fmt: skip
     begin.clear(lambda: dict(start.NOTHING), None, begin, queue=False, show_progress="hidden",
                 api_visibility="private")  # fmt: skip
 
@@ -281,7 +264,7 @@ def build(ui: Ui) -> tuple[Ui, Tab]:
                 told: {"level": "warn" if len(lines) > 1 else "fine", "lines": lines},
             }
         except CogLoomError as error:
-            return {told: {"level": "bad", "lines": [sentence(error)]}}
+            return {told: {"level": "bad", "lines": [errors_zh.worded(error, _known(language))]}}
 
     shown.select(chosen, ui.language, [progress, result, told, rows, lock, *screen], queue=False,
                  show_progress="hidden", api_visibility="private")  # fmt: skip
@@ -368,7 +351,7 @@ def noted(host: LocalHost, language: str, text_of_rows: str, settings: Callable[
         settings_for(base, shot)
         return stacks.looked_at(host, base, stacks.rows_of(text_of_rows), language)
     except CogLoomError as error:
-        return {"level": "bad", "lines": [sentence(error)]}
+        return {"level": "bad", "lines": [errors_zh.worded(error, language)]}
 
 
 def _any(name: str) -> Any:
@@ -400,7 +383,7 @@ def shown_of(report: Report, language: str) -> dict[str, Any]:
     elif report.what in ("decoding", "starting"):
         words.append(text(report.what, language))
     elif report.what:
-        words.append("".join(c for c in report.what if c.isprintable())[:200])
+        words.append(errors_zh.phrase("".join(c for c in report.what if c.isprintable())[:200], language))
     if report.left is not None:
         words.append(text("left", language, seconds=duration(report.left, language)))
     return {"state": "running", "text": " · ".join(words) or text("starting", language),
@@ -416,7 +399,7 @@ def duration(seconds: float, language: str) -> str:
 def failed(error: BaseException, language: str) -> dict[str, Any]:
     """An error as the progress part shows it; one that is not of ours is logged with where it arose."""
     if isinstance(error, CogLoomError):
-        return {"state": "failed", "text": sentence(error)}
+        return {"state": "failed", "text": errors_zh.worded(error, language)}
     log.error("a defect", exc_info=error)
     said = text("defect", language, kind=type(error).__name__, error=str(error)[:300])
     return {"state": "failed", "text": said}
@@ -430,7 +413,7 @@ def _finished(ui: Ui, made: make.Made, language: str, progress: Any, result: Any
     lines = [*record.get("notes", ()), *([record["verified"]] if record.get("verified") else [])]
     return {
         progress: {"state": "done", "text": " · ".join(words)},
-        told: {"level": "fine", "lines": lines},
+        told: {"level": "fine", "lines": [errors_zh.told(line, language) for line in lines]},
         **_player(ui, made.path, record, result),
     }
 

@@ -16,7 +16,7 @@ from nodes.host import LocalHost, contained
 from nodes.report import Reported, report
 from nodes.schema import sentence
 
-from . import parts
+from . import errors_zh, parts, running
 from .app import Ui
 from .render_tab import Tab, _known, failed, shown_of
 from .study_parts import LOOK, QUICK, choices, nothing_yet, part, said, study_named
@@ -79,20 +79,17 @@ def build(ui: Ui) -> Tab:
             for told in watch.run(lambda: report(watch.host, one)):
                 yield {progress: shown_of(told, language)}
             assert watch.result is not None
-            lines = [text("report_done", language), *(plain(note) for note in watch.result.notes)]
+            notes_of = (plain(errors_zh.told(note, language)) for note in watch.result.notes)
+            lines = [text("report_done", language), *notes_of]
             yield {progress: {"state": "done", "text": " ".join(lines)},
                    shown: of_study(folders, chosen, language), **idle}  # fmt: skip
         except Exception as error:
             yield {progress: failed(error, language), **idle}
 
+    running.waits(ui, go, progress, stop)
     event = go.click(write, [ui.language, study], [progress, shown, go, stop], trigger_mode="once",
                      show_progress="hidden", api_visibility="private", **WRITING)  # fmt: skip
-
-    def halt(language: str) -> tuple[Any, ...]:
-        return ({"state": "done", "text": text("stopped", _known(language))}, gr.update(interactive=True),
-                gr.update(interactive=False))  # fmt: skip
-
-    stop.click(halt, ui.language, [progress, go, stop], cancels=[event], **QUICK)
+    running.stops(ui, stop, [event], progress, [go])
     return Tab({})
 
 
@@ -172,11 +169,15 @@ def of_study(folders: LocalHost, name: Any, language: str) -> dict[str, Any]:
     def of(*suffixes: str) -> list[dict[str, str]]:
         return [one for one in files if one["name"].lower().endswith(suffixes)]
 
+    def said_of(lines: list[str]) -> list[str]:
+        return [errors_zh.told(line, language) for line in lines]
+
     page = next(one["url"] for one in files if one["name"] == PAGE)
     return {
         "said": "", "level": "fine", "page": page, "save": f"{name}-{PAGE}",
-        "findings": _lines(concluded, "findings"), "verdicts": _verdicts(concluded),
-        "words": _lines(concluded, "words"), "videos": sorted(of(".mp4"), key=lambda one: "grid" not in one["name"]),
+        "findings": said_of(_lines(concluded, "findings")), "verdicts": said_of(_verdicts(concluded)),
+        "words": said_of(_lines(concluded, "words")),
+        "videos": sorted(of(".mp4"), key=lambda one: "grid" not in one["name"]),
         "pictures": of(".png"), "plots": of(".svg"),
         "files": of(".csv", ".json"),
     }  # fmt: skip

@@ -10,9 +10,8 @@ from nodes.engine.lora_stack import LoraStack
 from nodes.engine.pipeline import Base
 from nodes.host import LocalHost
 from nodes.lora import measure_stack, stack_rows
-from nodes.schema import sentence
 
-from . import text
+from . import errors_zh, text
 from .parts import part
 
 CAP = 200_000  # characters of the rows' text
@@ -51,7 +50,8 @@ def looked_at(host: LocalHost, base: Base, rows: list[dict[str, Any]], language:
             lines = [text.text("effect_line", language, name=name, effect=f"{one.overall:.3g}")
                      for name, one in zip(names, found.each, strict=True)]  # fmt: skip
             lines = ["; ".join(lines)]
-            warnings = [one for one in (*(each.warning for each in found.each), found.warning) if one]
+            warnings = [errors_zh.told(one, language)
+                        for one in (*(each.warning for each in found.each), found.warning) if one]  # fmt: skip
             for pair in found.overlap:
                 if abs(pair.overall) >= ALIKE:
                     key = "overlap" if pair.overall > 0 else "opposed"
@@ -61,7 +61,7 @@ def looked_at(host: LocalHost, base: Base, rows: list[dict[str, Any]], language:
                 lines, level = [*lines, *dict.fromkeys(warnings)], "warn"
         return {"level": level, "lines": lines or [text.text("fine", language)]}
     except CogLoomError as error:
-        return {"level": "bad", "lines": [sentence(error)]}
+        return {"level": "bad", "lines": [errors_zh.worded(error, language)]}
 
 
 def active(host: LocalHost, rows: list[dict[str, Any]]) -> LoraStack:

@@ -9,9 +9,9 @@ import gradio as gr
 from nodes.engine.errors import CogLoomError, UsageError
 from nodes.engine.study import Study
 from nodes.host import LocalHost
-from nodes.schema import sentence
 from nodes.study import list_studies, open_study
 
+from . import errors_zh
 from .render_tab import failed
 from .tab_parts import plain
 from .text import text
@@ -46,7 +46,7 @@ def choices(folders: LocalHost, chosen: Any) -> Any:
 
 def said(error: BaseException, language: str) -> str:
     """An error in a sentence, defects too."""
-    return sentence(error) if isinstance(error, CogLoomError) else failed(error, language)["text"]
+    return errors_zh.worded(error, language) if isinstance(error, CogLoomError) else failed(error, language)["text"]
 
 
 def nothing_yet(folders: LocalHost, language: str) -> str:

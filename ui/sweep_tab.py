@@ -50,7 +50,7 @@ from nodes.sweep import (
     weights_from,
 )
 
-from . import make, parts, start, training
+from . import errors_zh, make, parts, running, start, training
 from . import stack as stacks
 from .app import Ui
 from .render_tab import EXAMPLES, Kept, Tab, _known, duration, failed, shown_of
@@ -199,13 +199,13 @@ def build(ui: Ui) -> Tab:
             found = with_arm(folders, now, called, rows)
             return found, "", {"state": "idle"}
         except CogLoomError as error:
-            return gr.skip(), gr.skip(), {"state": "failed", "text": sentence(error)}
+            return gr.skip(), gr.skip(), {"state": "failed", "text": errors_zh.worded(error, _known(language))}
 
     gr.on([add.click, label.submit], added, [ui.language, editor, label, arms], [arms, label, progress], **QUICK)
 
     def reread(language: str, of: Any, held: Any, chosen: Any) -> tuple[Any, Any, Any]:
         """Lists of what is in folders, as it is now. The empty choice is none."""
-        runs = training_runs(folders)
+        runs = training.runs(folders)
         data = training.datasets(data_folder())
         return (gr.update(choices=[NONE, *runs], value=of if of in runs else ""),
                 gr.update(choices=[NONE, *data], value=held if held in data else ""),
@@ -272,28 +272,17 @@ def build(ui: Ui) -> Tab:
             language, job, lambda told: {cost: _cost(told[0], told[1], language), progress: {"state": "idle"}}
         )
 
-    def waiting(language: str) -> tuple[Any, ...]:
-        return {"state": "running", "text": text("waiting", _known(language))}, gr.update(interactive=True)
-
-    def crowded(language: str) -> tuple[Any, ...]:
-        return {"state": "failed", "text": text("crowded", _known(language))}, gr.update(interactive=False)
-
     events = []
     for button, handler, given in ((go, started, inputs), (again, gone_on, [ui.language, study, metrics, heldout]),
                                    (probe, probed, inputs)):  # fmt: skip
-        button.click(waiting, ui.language, [progress, stop], **QUICK)
+        running.waits(ui, button, progress, stop)
         event = button.click(handler, given, outputs, trigger_mode="once", show_progress="hidden",
                              api_visibility="private", **ui.queue)  # fmt: skip
-        event.failure(crowded, ui.language, [progress, stop], **QUICK)
         if button is not probe:  # a study that ran has left its pace, and less to do
             event.then(counted, inputs, [cost, reference], show_progress="hidden", api_visibility="private", **LOOK)
         events.append(event)
 
-    def halt(language: str) -> tuple[Any, ...]:
-        return ({"state": "done", "text": text("sweep_stopped", _known(language))}, gr.update(interactive=True),
-                gr.update(interactive=True), gr.update(interactive=True), gr.update(interactive=False))  # fmt: skip
-
-    stop.click(halt, ui.language, [progress, go, again, probe, stop], cancels=events, **QUICK)
+    running.stops(ui, stop, events, progress, [go, again, probe], "sweep_stopped")
 
     def looked(language: str, chosen: Any) -> Any:
         language = _known(language)
@@ -328,7 +317,7 @@ def planned(folders: LocalHost, asked: Asked, settings: Mapping[str, Any], named
     if asked.training:
         if found:
             raise UsageError("Choose stacks or the checkpoints of a run, not both: each is an axis of its own.")
-        if asked.training not in training_runs(folders):
+        if asked.training not in training.runs(folders):
             raise UsageError(f"{plain(str(asked.training), 80)!r} is no training run here; choose one of the list.")
         found, axis = checkpoint_stacks(folders, asked.training), "checkpoint"
     weights = weights_from(_text(asked.weights))
@@ -420,13 +409,6 @@ def abouts(language: str) -> list[str]:
 def _about(metric: measures.Metric, language: str) -> str:
     """English is the metric's own, as is that of somebody else's."""
     return (text(f"m_{metric.name}", language) if metric.name in measures.METRICS else "") or plain(metric.about)
-
-
-def training_runs(folders: LocalHost) -> list[str]:
-    """Names in the output's training folder that have a checkpoint, the newest first."""
-    kept = (path for path in (folders.output_folder / "training").glob("*/checkpoint-*") if path.is_dir())
-    found = {path.parent.name: path.stat().st_mtime for path in kept}
-    return sorted(found, key=lambda name: -found[name])
 
 
 # --- arms -------------------------------------------------------------------------------------------------------------
@@ -565,9 +547,9 @@ def results_of(found: Conclusions, study: Study, language: str) -> dict[str, Any
         "head": [{"name": one.metric.name, "unit": one.metric.unit, "about": _about(one.metric, language)}
                  for one in shown],
         "rows": rows,
-        "verdicts": verdicts_of(found),
-        "findings": [plain(line) for line in found.findings],
-        "words": [plain(line) for line in found.words()],
+        "verdicts": [errors_zh.told(line, language) for line in verdicts_of(found)],
+        "findings": [plain(errors_zh.told(line, language)) for line in found.findings],
+        "words": [plain(errors_zh.told(line, language)) for line in found.words()],
         "more": max(len(plan.arms) - TABLE, 0),
     }  # fmt: skip
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
 from nodes.engine.errors import CogLoomError
-from nodes.schema import sentence
+
+from . import errors_zh
 
 CAP = 2_000  # characters of a stranger's text that are shown
 
@@ -33,10 +35,18 @@ def plain(value: Any, cap: int = CAP) -> str:
     return text if length <= cap else f"{text}… ({length:,})"
 
 
+def relisted(found: Sequence[Any], chosen: Any) -> Any:
+    """An update of a list's choices. Its value is touched only where it is none of them any more: what is chosen while
+    this is under way stays chosen."""
+    values = [one[1] if isinstance(one, tuple) else one for one in found]
+    return gr.update(choices=list(found)) if chosen is None or chosen in values else gr.update(
+        choices=list(found), value=None)  # fmt: skip
+
+
 def notes(*lines: str, level: str = "fine") -> dict[str, Any]:
     """For the `notes` part. level: fine, warn or bad."""
     return {"level": level, "lines": [line for line in lines if line]}
 
 
-def failed(error: CogLoomError) -> dict[str, Any]:
-    return notes(sentence(error), level="bad")
+def failed(error: CogLoomError, language: str) -> dict[str, Any]:
+    return notes(errors_zh.worded(error, language), level="bad")

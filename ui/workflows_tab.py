@@ -17,7 +17,7 @@ from nodes.host import LocalHost
 from nodes.schema import NODES, Choice, Field, Flag, Number, Socket, Whole, sentence
 from nodes.workflow import ALLOWED, CAP, Done, Graph, Step, api_of, is_api, plan, read_workflow, run_workflow
 
-from . import make, parts
+from . import make, parts, running
 from . import stack as stacks
 from .app import Ui
 from .render_tab import failed as broken
@@ -78,7 +78,7 @@ def build(ui: Ui) -> None:
             }  # fmt: skip
         except CogLoomError as error:
             # What was open stays open: a wrong file dropped in should cost nothing.
-            return {told: failed(error)}
+            return {told: failed(error, language)}
 
     def opening(language: str, path: str | None) -> dict[Any, Any]:
         if not path:
@@ -95,13 +95,13 @@ def build(ui: Ui) -> None:
 
     def run(language: str, workflow: dict[str, Any] | None, rows: Any) -> Iterator[dict[Any, Any]]:
         watch: Watch[list[Done]] = Watch(ui.host())
-        running = {go: gr.update(interactive=False), stop: gr.update(interactive=True)}
+        busy = {go: gr.update(interactive=False), stop: gr.update(interactive=True)}
         idle = {go: gr.update(interactive=True), stop: gr.update(interactive=False)}
         begun: list[Step] = []
         try:
             graph = with_values(_open(workflow, language), rows, language)
             page = _page_of(graph)
-            yield {progress: {"state": "running", "text": text("starting", language)}, results: [], **running}
+            yield {progress: {"state": "running", "text": text("starting", language)}, results: [], **busy}
             # Not begun.append itself: the thread only ever adds, and this side only ever looks at the last.
             for report in watch.run(lambda: run_workflow(watch.host, graph, page, on_step=begun.append)):
                 shown = shown_of(report, language)
@@ -117,24 +117,17 @@ def build(ui: Ui) -> None:
         except Exception as error:
             yield {progress: broken(error, language), ui.status: ui.state(), **idle}
 
-    waiting = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    go.click(lambda language: ({"state": "running", "text": text("waiting", language)}, gr.update(interactive=True)),
-             ui.language, [progress, stop], **waiting)  # fmt: skip
+    running.waits(ui, go, progress, stop)
     event = go.click(run, [ui.language, opened, table], [progress, results, ui.gallery, ui.status, go, stop],
                      trigger_mode="once", show_progress="hidden", api_visibility="private", **ui.queue)  # fmt: skip
-
-    def halt(language: str) -> tuple[Any, ...]:
-        return ({"state": "done", "text": text("stopped", language)}, gr.update(interactive=True),
-                gr.update(interactive=False))  # fmt: skip
-
-    stop.click(halt, ui.language, [progress, go, stop], cancels=[event], **QUICK)
+    running.stops(ui, stop, [event], progress, [go])
 
     def save(language: str, workflow: dict[str, Any] | None, rows: Any, for_page: bool) -> tuple[Any, Any]:
         try:
             graph = with_values(_open(workflow, language), rows, language)
             data = ui_of(graph) if for_page else graph
         except CogLoomError as error:
-            return gr.skip(), failed(error)
+            return gr.skip(), failed(error, language)
         assert workflow is not None
         name = f"{Path(workflow['name']).stem[:80] or 'cogloom'}{'' if for_page else '-api'}.json"
         content = json.dumps(data, ensure_ascii=False, indent=2)
