@@ -16,6 +16,7 @@ from .engine import VERSION
 from .engine.checkpoints import DEMO_FOLDER, Checkpoint, find_checkpoint
 from .engine.effect import StackEffect, stack_effect
 from .engine.errors import AdapterMismatch, AdapterNotFound, AdapterUnreadable, StackError, UsageError
+from .engine.lineage import recorded
 from .engine.lora_cache import AdapterCache
 from .engine.lora_file import (
     Adapter,
@@ -198,11 +199,7 @@ def save_adapter(host: Host, stack: LoraStack, path: Path) -> Path:
     if timed:
         raise StackError(f"A file cannot hold a schedule; take the steps off {', '.join(timed)}.")
     modules = concatenate([(adapter, entry.strength()) for adapter, entry in wanted])
-    parents = [
-        {"name": adapter.name, "sha256": adapter.sha256, "weight": entry.weight, "blocks": entry.blocks,
-         "scale": adapter.scale_reason}
-        for adapter, entry in wanted
-    ]  # fmt: skip
+    parents = [parent_record(adapter, entry) for adapter, entry in wanted]
     metadata = {"cogloom": json.dumps({"made_with": {"cogloom": VERSION}, "parents": parents})}
     words = list(dict.fromkeys(word for adapter, _ in wanted for word in adapter.trigger_words))
     if words:
@@ -210,13 +207,30 @@ def save_adapter(host: Host, stack: LoraStack, path: Path) -> Path:
     return write(path, modules, best_target(modules), metadata)
 
 
+def parent_record(adapter: Adapter, entry: Entry | None = None) -> dict[str, Any]:
+    """One of the parents in the record of what is made of it, with what it tells of its own: so the line back to the
+    base does not end where a file of it is not at hand."""
+    own = recorded(adapter.name, adapter.metadata, adapter.sha256).to_record()
+    one = {**own, "name": adapter.name, "bytes": adapter.size_bytes, "scale": adapter.scale_reason}
+    return one if entry is None else {**one, "weight": entry.weight, "blocks": entry.blocks}
+
+
 def find_adapter(host: Host, name: str, anywhere: bool = False) -> Path:
     return (resolve_path if anywhere else resolve)(name, adapter_folders(host))
 
 
+def adapter_hash(host: Host, path: Path) -> str:
+    """SHA-256 of an adapter's file, computed once for each size and mtime. Raises AdapterNotFound, AdapterUnreadable"""
+    return _index(host.cache_folder).sha256(path)
+
+
 def inspect_adapter(host: Host, name: str, anywhere: bool = False) -> dict[str, Any]:
-    """What a file is, from its header, and its hash: see `engine.lora_file.inspect`."""
-    return _index(host.cache_folder).about(find_adapter(host, name, anywhere))
+    """What a file is, from its header, and its hash: see `engine.lora_file.inspect`; and as `lineage` where it comes
+    from, compared with what is here: see `lineage.lineage`."""
+    from .lineage import lineage
+
+    path = find_adapter(host, name, anywhere)
+    return {**_index(host.cache_folder).about(path), "lineage": lineage(host, path).as_dict()}
 
 
 def adapter_row(host: Host, name: str, base: str | None = None) -> dict[str, Any]:

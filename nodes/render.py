@@ -18,6 +18,8 @@ from .engine.checkpoints import Checkpoint, fingerprint
 from .engine.denoise import Settings, denoise, latents_of, samples_of, task_of
 from .engine.denoise import decode as decode_samples
 from .engine.errors import GeometryError, UsageError
+from .engine.lineage import held as held_on
+from .engine.lineage import recorded
 from .engine.lora_stack import Asked, LoraStack
 from .engine.pipeline import Base, Swap, bases
 from .engine.trunk import Trunk
@@ -178,6 +180,13 @@ def sample(
             host.progress(done, total, "denoising", look)
 
         resident = session.resident
+        origins = [
+            held_on(recorded(adapter.name, adapter.metadata, adapter.sha256), checkpoint.name, resident.hash)
+            for adapter, _ in session.stack
+        ]
+        for _, strange in origins:
+            if strange is not None:
+                note(strange)
         scale = resident.vae.config.scaling_factor
         begun = None if start is None else latents_of(start, scale)
         latents = denoise(
@@ -218,8 +227,9 @@ def sample(
                     "hold": held.get(adapter.name, chosen[adapter.name].hold),  # as it was, where it still is held
                     "hold_reason": chosen[adapter.name].reason,
                     "effect": float(f"{one.overall:.3g}"),
+                    "lineage": [parent.as_dict() for parent in origin.parents],
                 }
-                for (adapter, entry), one in zip(session.stack, session.effect.each, strict=True)
+                for (adapter, entry), one, (origin, _) in zip(session.stack, session.effect.each, origins, strict=True)
             ],
             "hold": stack.hold,
             # Read back from the switch before each step that changed something, not what was asked for.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from .engine import dataset
 from .engine.bake import Baked, bake
 from .engine.checkpoints import (
     DEMO,
     Checkpoint,
     find_checkpoint,
     fingerprint,
+    local_folders,
     open_checkpoint,
     part_files,
     tensors_of,
@@ -25,17 +29,23 @@ from .engine.checkpoints import (
     with_file,
 )
 from .engine.errors import StackError, UsageError
-from .engine.extract import Extraction, extract
-from .engine.lora_file import Adapter, fit
+from .engine.extract import ARMS, ArmLosses, Extraction, compare_losses, extract
+from .engine.files import write_atomic
+from .engine.heldout import Draws, Progress, encode
+from .engine.heldout import losses as measured_losses
+from .engine.lineage import recorded
+from .engine.lora_file import Adapter, fit, stamp
 from .engine.lora_stack import Entry, LoraStack
 from .engine.lora_write import SCALE_KEYS, TARGETS, write
 from .engine.lowrank import Cut
 from .engine.merge import Merged, Rule, merge, resize, spectra
-from .engine.pipeline import pristine_files
+from .engine.pipeline import Base, bases, pristine_files
 from .engine.pristine import PristineFiles
 from .engine.shrink import Step, metadata
+from .engine.spectrum import layers, picture
 from .host import Host
-from .lora import adapter_cache, find_adapter, read_stack
+from .lora import adapter_cache, find_adapter, measure_stack, parent_record, read_stack
+from .model import choose_base
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STORED = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
@@ -69,16 +79,23 @@ def extract_adapter(
     dtype: str = "bf16",
     device: str = "auto",
     force: bool = False,
+    losses: Path | None = None,
+    draws: int = 4,
 ) -> Extraction:
     """What a fine-tuned transformer has and its base has not, as an adapter: see `engine.extract.extract`.
 
     `finetuned` is a checkpoint folder or name, a transformer's folder, or a transformer in one file with diffusers' or
     ComfyUI's names. For a person at the command line: it reads and writes anywhere.
 
+    `losses` is a folder of clips with captions that were not trained on: on them the denoising loss of base, fine-tune,
+    and base with the adapter is measured, `draws` times each. For that the models are loaded, one after the other.
+
     Raises:
-        ModelError: one of the two cannot be read, or they do not go together. UsageError, DiskFull, Cancelled
+        ModelError: one of the two cannot be read, or they do not go together. DatasetError: `losses` is none.
+        UsageError, DiskFull, Cancelled
     """
-    _free(target, force)
+    free(target, force)
+    asked = None if losses is None else (dataset.scan(losses), Draws(per_item=draws))
     origin = find_checkpoint(base, host.model_folders)
     tuned = _tuned(host, origin, str(finetuned))
     weights = transformer_weights(origin)
@@ -88,11 +105,52 @@ def extract_adapter(
         {"name": origin.name, "sha256": transformer_hash(origin), "role": "base"},
         {"name": tuned.name, "sha256": tuned.sha256, "role": "fine-tuned"},
     ]
-    return extract(
+    loaded = None if asked is None else _as_base(host, base, tuned)
+    done = extract(
         tuned.pristine, pristine_files(origin, torch.float32), target, cut, rest=keep_norms, as_trained=as_trained,
-        dtype=_dtype(dtype), device=device_from(device), source_bytes=sum(file.stat().st_size for file in tuned.files),
-        record={"made_by": "extract", "as_trained": as_trained, "parents": parents}, step=_step(host),
+        dtype=dtype_from(dtype), device=device_from(device),
+        source_bytes=sum(file.stat().st_size for file in tuned.files),
+        record={"made_by": "extract", "as_trained": as_trained, "parents": parents}, step=step_of(host),
     )  # fmt: skip
+    if asked is None or loaded is None or losses is None:
+        return done
+    return replace(done, losses=_losses(host, choose_base(host, base), loaded, done.path, losses.name, *asked))
+
+
+def _as_base(host: Host, base: str, tuned: _Tuned) -> Base:
+    """The fine-tuned transformer as a base to be loaded, with everything else the base's own. Raises UsageError"""
+    if len(tuned.files) == 1:
+        (file,) = tuned.files
+        return replace(choose_base(host, base), file=str(file), stamp=stamp(file)[:2])
+    folder = tuned.files[0].parent.parent
+    if (folder / "model_index.json").is_file():
+        return Base(tuned.name, str(folder))
+    raise UsageError(
+        f"{tuned.name} is a transformer in {len(tuned.files)} files without the rest of its checkpoint, which cannot "
+        "be loaded to measure its loss. Name the whole checkpoint's folder, or a transformer in one file."
+    )
+
+
+def _losses(
+    host: Host, base: Base, tuned: Base, adapter: Path, name: str, items: Sequence[dataset.Item], draws: Draws
+) -> ArmLosses:
+    held = encode(
+        base, items, host.cache_folder, progress=_told(host, "held out"), check=host.check_cancelled,
+    )  # fmt: skip
+    found = {}
+    for arm, own, stack in zip(ARMS, (base, tuned, base), ([], [], [(adapter_cache().get(adapter), 1.0)]), strict=True):
+        host.make_room(own)
+        with bases.session(own, stack, host.cache_folder, check=host.check_cancelled) as session:
+            host.holds(session.resident)
+            # The questions are the base's, to the latents: what is measured is the transformer alone.
+            found[arm] = measured_losses(
+                session, replace(held, base=own), draws, _told(host, f"loss of {arm}"), host.check_cancelled
+            )
+    return compare_losses(found, name, len(items), draws.per_item)
+
+
+def _told(host: Host, label: str) -> Progress:
+    return lambda done, total, what, _=None: host.progress(done, total, f"{label}: {what}" if what else label)
 
 
 class _Tuned(NamedTuple):
@@ -139,7 +197,7 @@ def merge_adapters(
     Raises:
         StackError: a schedule, nothing to merge, or kinds that cannot be. AdapterError, UsageError, DiskFull, Cancelled
     """
-    _free(target, force)
+    free(target, force)
     wanted = _timeless(stack)
     _apart(target, [adapter for adapter, _ in wanted])
     how: dict[str, Any] = {"method": rule.method}
@@ -148,8 +206,8 @@ def merge_adapters(
         how |= {"seed": rule.seed} if rule.method.startswith("dare") else {}
     return merge(
         [(adapter, entry.strength()) for adapter, entry in wanted], target, rule, cut,
-        dtype=None if dtype == "auto" else _dtype(dtype), device=device_from(device),
-        record={"made_by": "merge", "rule": how, **_parents(wanted)}, step=_step(host),
+        dtype=None if dtype == "auto" else dtype_from(dtype), device=device_from(device),
+        record={"made_by": "merge", "rule": how, **_parents(wanted)}, step=step_of(host),
     )  # fmt: skip
 
 
@@ -168,19 +226,85 @@ def resize_adapter(
     Raises:
         AdapterError, StackError, UsageError, DiskFull, Cancelled
     """
-    _free(target, force)
+    free(target, force)
     adapter = adapter_cache().get(find_adapter(host, name, anywhere))
     _apart(target, [adapter])
     return resize(
-        adapter, target, cut, dtype=None if dtype == "auto" else _dtype(dtype), device=device_from(device),
-        record={"made_by": "resize", **_parents([(adapter, None)])}, step=_step(host),
+        adapter, target, cut, dtype=None if dtype == "auto" else dtype_from(dtype), device=device_from(device),
+        record={"made_by": "resize", **_parents([(adapter, None)])}, step=step_of(host),
     )  # fmt: skip
 
 
 def spectrum(host: Host, name: str, device: str = "auto", anywhere: bool = False) -> dict[str, tuple[float, ...]]:
     """Singular values of each layer of an adapter, largest first. Raises AdapterError, Cancelled."""
     adapter = adapter_cache().get(find_adapter(host, name, anywhere))
-    return spectra(adapter, device_from(device), _step(host))
+    return spectra(adapter, device_from(device), step_of(host))
+
+
+def spectrum_svg(
+    host: Host,
+    name: str,
+    cut: Cut = Cut(),  # noqa: B008
+    device: str = "auto",
+    anywhere: bool = False,
+) -> str:
+    """The singular values of each layer as an SVG picture; with a cut, what a resize to it would keep, as the resize
+    itself has it. Raises AdapterError, StackError, UsageError, Cancelled"""
+    path = find_adapter(host, name, anywhere)
+    adapter, where = adapter_cache().get(path), device_from(device)
+    found = spectra(adapter, where, step_of(host))
+    if not found:
+        raise UsageError(f"{adapter.name} has no matrices to take apart: it is {adapter.kind}.")
+    kept = None
+    if cut != Cut():
+        host.temp_folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix="spectrum-", dir=host.temp_folder, ignore_cleanup_errors=True
+        ) as folder:
+            done = resize(adapter, Path(folder) / "x.safetensors", cut, device=where, step=step_of(host))
+        kept = {one.name: (one.rank, max(0.0, 1 - one.relative**2)) for one in done.fidelity.kept}
+    return picture(layers(found, kept), f"{adapter.name}: singular values of each layer", str(cut) if kept else None)
+
+
+def write_spectrum(
+    host: Host, name: str, target: Path, cut: Cut = Cut(), device: str = "auto", anywhere: bool = False,  # noqa: B008
+    force: bool = False,
+) -> Path:  # fmt: skip
+    """`spectrum_svg` in a file. Raises what it raises; DiskFull"""
+    if target.suffix.lower() != ".svg":
+        raise UsageError(f"{target.name}: the picture to write must end in .svg.")
+    free(target, force)
+    write_atomic(target, spectrum_svg(host, name, cut, device, anywhere).encode())
+    return target
+
+
+class Effects(NamedTuple):
+    """‖ΔW‖/‖W‖ of an adapter before and after a change, and of what lies between them."""
+
+    base: str
+    before: float
+    after: float
+    apart: float
+
+
+def effects(host: Host, before: Path, after: Path, base: str | None = None) -> Effects | None:
+    """On a base: the one named, or else the one that the adapter tells it was trained on; None where that is not here.
+
+    Raises:
+        AdapterError, ModelError: of a base that was named.
+    """
+    if base is None:
+        told = recorded(before.stem, adapter_cache().get(before).metadata).bases()
+        here = {folder.name: folder.name for folder in local_folders(host.model_folders)}
+        base = next((here[one.name] for one in told if one.name in here), None)
+        if base is None:
+            return None
+    chosen = choose_base(host, base)
+    entries = [Entry(str(path), str(n), weight, stamp=stamp(path)) for n, (path, weight) in
+               enumerate(((before, 1.0), (after, -1.0)))]  # fmt: skip
+    found = measure_stack(host, chosen, LoraStack(tuple(entries)))
+    one, other = (each.overall for each in found.each)
+    return Effects(chosen.name, one, other, found.overall)
 
 
 class Converted(NamedTuple):
@@ -206,10 +330,10 @@ def convert_layout(
     if layout not in TARGETS:
         raise UsageError(f"{layout[:40]!r} is no layout to write; there are {', '.join(TARGETS)}.")
     folder = TARGETS[layout].folder
-    _free(target, force or folder)  # a folder that is PEFT's own may be replaced, and no other is
+    free(target, force or folder)  # a folder that is PEFT's own may be replaced, and no other is
     adapter = adapter_cache().get(find_adapter(host, name, anywhere))
     _apart(target, [adapter])
-    _step(host)(0, 1, f"writing {target.name}")
+    step_of(host)(0, 1, f"writing {target.name}")
     said = metadata({"made_by": "convert", "layout": adapter.layout, **_parents([(adapter, None)])}, Cut(), None)
     kept = {key: text for key, text in adapter.metadata.items() if key not in (*SCALE_KEYS, "cogloom")}
     path = write(target, adapter.modules, layout, {**kept, **said})
@@ -231,7 +355,7 @@ def bake_adapters(host: Host, stack: LoraStack, folder: Path, base: str = DEMO, 
         AdapterMismatch, StackError, UsageError, ModelError, DiskFull, Cancelled
     """
     checkpoint = find_checkpoint(base, host.model_folders)
-    kind = DTYPES[_stored(checkpoint)] if dtype == "auto" else _dtype(dtype)
+    kind = DTYPES[_stored(checkpoint)] if dtype == "auto" else dtype_from(dtype)
     wanted = _timeless(stack)
     pristine, family = pristine_files(checkpoint, kind), checkpoint.family
     shapes = pristine.shapes()
@@ -244,7 +368,7 @@ def bake_adapters(host: Host, stack: LoraStack, folder: Path, base: str = DEMO, 
     origin = {"name": checkpoint.name, "sha256": transformer_hash(checkpoint)}
     return bake(
         pristine, transformer_config(checkpoint), fitted, folder, kind,
-        record={"made_by": "bake", "base": origin, "parents": _parents(wanted)["parents"]}, step=_step(host),
+        record={"made_by": "bake", "base": origin, "parents": _parents(wanted)["parents"]}, step=step_of(host),
     )  # fmt: skip
 
 
@@ -265,7 +389,7 @@ def _stored(checkpoint: Checkpoint) -> str:
 # --- common to all ----------------------------------------------------------------------------------------------------
 
 
-def _step(host: Host) -> Step:
+def step_of(host: Host) -> Step:
     def step(done: int, total: int, what: str) -> None:
         host.check_cancelled()
         host.progress(done, total, what)
@@ -273,7 +397,7 @@ def _step(host: Host) -> Step:
     return step
 
 
-def _free(target: Path, force: bool) -> None:
+def free(target: Path, force: bool) -> None:
     if target.exists() and not force:
         raise UsageError(f"{target} is there already. Name another with -o, or replace it with --force.")
 
@@ -284,7 +408,7 @@ def _apart(target: Path, adapters: list[Adapter]) -> None:
         raise UsageError(f"{target.name} is one of the adapters that it is made of; name another file.")
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_from(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"dtype {name[:40]!r} is none of {', '.join(DTYPES)}.")
     return DTYPES[name]
@@ -302,10 +426,5 @@ def _timeless(stack: LoraStack) -> list[tuple[Adapter, Entry]]:
 
 def _parents(wanted: list[tuple[Adapter, Entry]] | list[tuple[Adapter, None]]) -> Mapping[str, Any]:
     """For the record: what went in, and its trigger words."""
-    parents = []
-    for adapter, entry in wanted:
-        one: dict[str, Any] = {"name": adapter.name, "sha256": adapter.sha256, "scale": adapter.scale_reason}
-        if entry is not None:
-            one |= {"weight": entry.weight, "blocks": entry.blocks}
-        parents.append(one)
+    parents = [parent_record(adapter, entry) for adapter, entry in wanted]
     return {"parents": parents, "words": [word for adapter, _ in wanted for word in adapter.trigger_words]}

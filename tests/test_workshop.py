@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nodes.engine.checkpoints import DEMO, DEMO_FOLDER, part_files
+from demo.world import caption, draw, random_scene
+from nodes.engine.bake import bake
+from nodes.engine.checkpoints import DEMO, DEMO_FOLDER, find_checkpoint, part_files, transformer_config
 from nodes.engine.errors import (
     AdapterError,
     AdapterMismatch,
     Cancelled,
     CogLoomError,
+    DatasetError,
     StackError,
     UsageError,
     WrongFamily,
 )
 from nodes.engine.lora_file import Adapter, describe, read
-from nodes.engine.lowrank import Cut
+from nodes.engine.lowrank import Cut, share_of_ranks
 from nodes.engine.merge import Rule
+from nodes.engine.pipeline import pristine_files
+from nodes.engine.video import write_video
 from nodes.host import LocalHost
 from nodes.lora import stack_loras
 from nodes.model import choose_base
@@ -34,10 +43,12 @@ from nodes.workshop import (
     convert_layout,
     cut_from,
     device_from,
+    effects,
     extract_adapter,
     merge_adapters,
     resize_adapter,
     spectrum,
+    spectrum_svg,
 )
 from tests import tiny
 from ui.workshop_commands import add_commands
@@ -128,6 +139,114 @@ def test_two_adapters_as_one(host: LocalHost, tmp_path: Path):
     assert set(read(small.path).trigger_words) == {
         word for name in ("neon", "bounce") for word in read(NEON.with_stem(name)).trigger_words
     }
+
+
+# --- what it is worth -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes in neon's style, that neon was not trained on."""
+    folder, rng = tmp_path_factory.mktemp("clips"), random.Random(11)
+    for number in range(3):
+        scene = replace(random_scene(rng, train=False), style="neon")
+        write_video(draw(scene, rng, frames=17), folder / f"{number}.mkv", 8)
+        (folder / f"{number}.txt").write_text(caption(scene), encoding="utf-8")
+    return folder
+
+
+def test_the_loss_of_a_model_of_random_weights(tiny_host: LocalHost, tuned: Path, tmp_path: Path):
+    """At full rank the adapter predicts what the fine-tune does."""
+    clips, rng = tmp_path / "clips", random.Random(3)
+    write_video(draw(random_scene(rng), rng, frames=49), clips / "0.mkv", 8)
+    (clips / "0.txt").write_text("a red circle", encoding="utf-8")
+    done = extract_adapter(tiny_host, tuned, tmp_path / "x.safetensors", "tiny-t2v", Cut(), dtype="fp32", losses=clips,
+                           draws=1)  # fmt: skip
+    assert done.losses is not None
+    means = done.losses.means
+    assert means["extracted"] == pytest.approx(means["fine-tuned"], rel=1e-5)
+    assert abs(means["base"] - means["fine-tuned"]) > 1e-3 * means["base"]
+    assert done.to_json()["losses"]["clips"] == 1
+    assert "a single pair has no interval" in " ".join(done.losses.words())
+
+
+@pytest.mark.heavy
+def test_the_loss_of_base_fine_tune_and_adapter(host: LocalHost, baked: Path, clips: Path, tmp_path: Path):
+    """At full rank the adapter predicts as the fine-tune does; at rank 1 worse, and better than the base."""
+    whole, little = (
+        extract_adapter(host, baked, tmp_path / f"{rank}.safetensors", cut=Cut(rank=rank), dtype="fp32", losses=clips,
+                        draws=2).losses
+        for rank in (8, 1)
+    )  # fmt: skip
+    assert whole is not None
+    assert little is not None
+    assert (whole.clips, whole.draws, whole.dataset) == (3, 2, clips.name)
+    assert whole.means["extracted"] == pytest.approx(whole.means["fine-tuned"], rel=1e-3)
+    assert whole.means["fine-tuned"] < 0.8 * whole.means["base"]
+    assert little.means["base"] == whole.means["base"]  # the same questions
+    assert little.means["fine-tuned"] == whole.means["fine-tuned"]
+    assert whole.means["extracted"] < little.means["extracted"] < little.means["base"]
+    gain = whole.differences[0]
+    assert (gain.a, gain.b, gain.pairs) == ("base", "fine-tuned", 6)
+    assert gain.interval.low < gain.mean < gain.interval.high
+    if gain.told:
+        assert whole.recovered == pytest.approx(1, abs=0.02)
+    words = " ".join(whole.words())
+    assert "loss on 3 held-out clips, 2 draws each: base" in words
+    assert "extracted − fine-tuned" in words
+    said = json.loads(json.dumps(whole.to_json()))
+    assert set(said["means"]) == {"base", "fine-tuned", "extracted"}
+
+
+def test_a_loss_that_cannot_be_measured_is_told_before_anything_is_written(
+    host: LocalHost, baked: Path, clips: Path, tmp_path: Path
+):
+    target = tmp_path / "x.safetensors"
+    with pytest.raises(DatasetError):
+        extract_adapter(host, baked, target, losses=tmp_path / "none")
+    with pytest.raises(UsageError, match="per_item is 0"):
+        extract_adapter(host, baked, target, losses=clips, draws=0)
+    folder = tmp_path / "sharded"
+    bake(pristine_files(find_checkpoint(DEMO, ()), torch.float32),
+         transformer_config(find_checkpoint(DEMO, ())), [(read(NEON), 1.0)], folder, torch.float32,
+         shard=3_000_000)  # fmt: skip
+    with pytest.raises(UsageError, match=r"is a transformer in \d files without the rest"):
+        extract_adapter(host, folder, target, losses=clips)
+    assert not target.exists()
+
+
+def test_a_spectrum_is_drawn(host: LocalHost, tmp_path: Path):
+    plain, cut = spectrum_svg(host, "neon"), spectrum_svg(host, "neon", Cut(rank=3))
+    for text in (plain, cut):
+        root = ElementTree.fromstring(text)
+        assert root.tag.endswith("svg")
+        assert len([node for node in root.iter() if node.tag.endswith("polyline")]) == 36
+    values = spectrum(host, "neon")
+    name = next(iter(values))
+    share = 100 * sum(v * v for v in values[name][:3]) / sum(v * v for v in values[name])
+    told = re.search(rf"{re.escape(name.removesuffix('.weight'))}: 3 of 8 ranks have ([\d.]+) % of its squares", cut)
+    assert told
+    assert float(told[1]) == pytest.approx(share, abs=0.05)  # of the file, in bf16
+    assert "108 of 288 ranks" in cut
+    enough = sum(share_of_ranks(row, 0.99) for row in values.values())
+    assert f"{enough} of 288 ranks" in plain
+    assert spectrum_svg(host, "neon") == plain
+    with pytest.raises(UsageError, match="rank 0"):
+        spectrum_svg(host, "neon", Cut(rank=0))
+    assert list((tmp_path / "cache" / "temp").iterdir()) == []
+
+
+def test_what_a_resize_does_to_the_effect(host: LocalHost, tmp_path: Path):
+    done = resize_adapter(host, "neon", tmp_path / "r.safetensors", Cut(rank=4), dtype="fp32")
+    found = effects(host, NEON, done.path)
+    assert found is not None
+    assert found.base == DEMO
+    assert 0 < found.after < found.before
+    assert found.apart == pytest.approx(found.before * done.fidelity.error, rel=0.02)
+    assert effects(host, NEON, done.path, DEMO) == found
+    stranger = tmp_path / "plain.safetensors"
+    save_file(load_file(NEON), stranger)
+    assert effects(host, stranger, done.path) is None
 
 
 # --- where a fine-tuned model lies ------------------------------------------------------------------------------------
@@ -335,7 +454,9 @@ def test_every_action_speaks_plainly(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "One of extract, merge, bake, resize, spectrum, convert"),
+        ([], "One of take, tree, extract, merge, bake, resize, spectrum, convert"),
+        (["spectrum", "neon", "-o", "x.png"], "must end in .svg"),
+        (["spectrum", "neon", "--rank", "2"], "say where to draw it"),
         (["resize", "neon", "-o", "x.safetensors"], "To what"),
         (["merge", "neon", "-o", "x.safetensors", "--method", "slerp"], "'slerp' is no way to merge"),
         (["merge", "neon", "-o", "x.safetensors", "--method", "ties", "--rank", "4"], "ties keeps the ranks"),

@@ -1,4 +1,4 @@
-"""What the command line says of the workshop: adapters extracted, merged, baked, resized and converted."""
+"""What the command line says of the workshop: adapters taken out, extracted, merged, baked, resized and converted."""
 
 from __future__ import annotations
 
@@ -30,11 +30,31 @@ def add_commands(command: Command, base_options: Callable[[argparse.ArgumentPars
         sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return sub
 
+    take = action("take", _take, "the adapter alone out of what training left behind, with a record")
+    take.add_argument("source", type=Path, help="a training run's folder, a PEFT folder, a SAT or DeepSpeed "
+                      "checkpoint, an accelerate state, or a file; a model that was trained in full is "
+                      "extracted")  # fmt: skip
+    _output(take, "FILE")
+    take.add_argument("--step", default="newest", metavar="N", help="which checkpoint: newest (the default), best (by "
+                      "validation), or a step")  # fmt: skip
+    take.add_argument("--alpha", type=float, metavar="N", help="the scale is alpha/rank, where the source does not say")
+    take.add_argument("--base", metavar="NAME", help="of a model trained in full; default: the embedded demo")
+    _cut(take, "; default 64 of a model trained in full")
+    _numbers(take, "auto")
+
+    tree = action("tree", _tree, "where an adapter comes from, each of its ancestors compared with what is here")
+    tree.add_argument("name", help="an adapter's name, as `loras` lists it, or a file")
+    tree.add_argument("--base", metavar="NAME", help="one more base to compare with")
+
     extract = action("extract", _extract, "a fine-tuned model minus its base, as an adapter")
     extract.add_argument("finetuned", help="a checkpoint's folder or name, a transformer's folder, or one file")
     _output(extract, "FILE")
     extract.add_argument("--base", metavar="NAME", help="it was trained from; default: the embedded demo")
     _cut(extract, "; default 64")
+    extract.add_argument("--loss", type=Path, metavar="DATASET", help="a folder of clips with captions that were not "
+                         "trained on: measure the denoising loss of base, fine-tune and base with the adapter on "
+                         "them")  # fmt: skip
+    extract.add_argument("--draws", type=int, default=4, metavar="N", help="noises for each clip of --loss; default 4")
     extract.add_argument("--keep-norms", action="store_true", dest="norms", default=True,
                          help="differences of norms and biases in full (the default); diffusers cannot read "
                          "them")  # fmt: skip
@@ -67,12 +87,18 @@ def add_commands(command: Command, base_options: Callable[[argparse.ArgumentPars
 
     resize = action("resize", _resize, "an adapter with fewer ranks")
     resize.add_argument("name", help="an adapter's name, as `loras` lists it, or a file")
+    resize.add_argument("--base", metavar="NAME", help="to tell the effect before and after on it; default: the one "
+                        "that it was trained on, if that is here")  # fmt: skip
     _output(resize, "FILE")
     _cut(resize)
     _numbers(resize, "auto")
 
     spectrum = action("spectrum", _spectrum, "the singular values of each layer: how many ranks are worth keeping")
     spectrum.add_argument("name", help="an adapter's name, as `loras` lists it, or a file")
+    spectrum.add_argument("-o", "--output", type=Path, metavar="FILE.svg", help="draw it, as an SVG picture")
+    spectrum.add_argument("--force", action="store_true", help="replace the file that is there")
+    spectrum.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="that takes them apart")
+    _cut(spectrum, "; draw what a resize to it keeps")
 
     convert = action("convert", _convert, "the same adapter with another program's names")
     convert.add_argument("name", help="an adapter's name, as `loras` lists it, or a file")
@@ -103,6 +129,37 @@ def _workshop(host: LocalHost, args: argparse.Namespace) -> int:
     raise UsageError(f"What? One of {', '.join(args.actions.choices)}; `workshop ACTION --help` tells more.")
 
 
+def _take(host: LocalHost, args: argparse.Namespace) -> int:
+    from nodes.take import take_adapter
+    from nodes.workshop import cut_from
+
+    cut = cut_from(args.rank, args.energy, args.size_mb)
+    said: dict[str, Any] = {"base": args.base} if args.base else {}
+    said |= {"cut": cut} if cut.to_json() else {}
+    done = take_adapter(host, args.source, args.output, dtype=args.dtype, device=args.device, force=args.force,
+                        which=args.step, alpha=args.alpha, **said)  # fmt: skip
+    if args.json:
+        print_json(done.to_json())
+        return 0
+    say(done.sentence())
+    for note in done.notes:
+        say(note)
+    say(str(done.path))
+    return 0
+
+
+def _tree(host: LocalHost, args: argparse.Namespace) -> int:
+    from nodes.lineage import lineage
+
+    found = lineage(host, args.name, args.base, anywhere=True)
+    if args.json:
+        print_json(found.as_dict())
+        return 0
+    for line in found.lines():
+        say(line)
+    return 0
+
+
 def _extract(host: LocalHost, args: argparse.Namespace) -> int:
     from nodes.workshop import cut_from, extract_adapter
 
@@ -110,7 +167,8 @@ def _extract(host: LocalHost, args: argparse.Namespace) -> int:
     said = {"base": args.base} if args.base else {}
     said |= {"cut": cut} if cut.to_json() else {}
     done = extract_adapter(host, args.finetuned, args.output, keep_norms=args.norms, as_trained=args.as_trained,
-                           dtype=args.dtype, device=args.device, force=args.force, **said)  # fmt: skip
+                           dtype=args.dtype, device=args.device, force=args.force, losses=args.loss, draws=args.draws,
+                           **said)  # fmt: skip
     if args.json:
         print_json(done.to_json())
         return 0
@@ -121,6 +179,8 @@ def _extract(host: LocalHost, args: argparse.Namespace) -> int:
             "training; --as-trained leaves it out")  # fmt: skip
     if done.unchanged:
         say(f"{len(done.unchanged)} parameters are the base's to the bit")
+    for line in done.losses.words() if done.losses else ():
+        say(line)
     say(str(done.path))
     return 0
 
@@ -139,23 +199,31 @@ def _merge(host: LocalHost, args: argparse.Namespace) -> int:
 
 
 def _resize(host: LocalHost, args: argparse.Namespace) -> int:
-    from nodes.workshop import cut_from, resize_adapter
+    from nodes.lora import find_adapter
+    from nodes.workshop import cut_from, effects, resize_adapter
 
     cut = cut_from(args.rank, args.energy, args.size_mb)
-    return _say_merged(
-        args,
-        resize_adapter(host, args.name, args.output, cut, args.dtype, args.device, anywhere=True, force=args.force),
-    )
+    if args.base:
+        from nodes.model import choose_base
+
+        choose_base(host, args.base)  # before anything is written
+    before = find_adapter(host, args.name, anywhere=True)
+    done = resize_adapter(host, args.name, args.output, cut, args.dtype, args.device, anywhere=True, force=args.force)
+    return _say_merged(args, done, effects(host, before, done.path, args.base))
 
 
-def _say_merged(args: argparse.Namespace, done: Any) -> int:
+def _say_merged(args: argparse.Namespace, done: Any, effect: Any = None) -> int:
     if args.json:
-        print_json(done.to_json())
+        print_json({**done.to_json(), **({} if effect is None else {"effect": effect._asdict()})})
         return 0
     say(f"{_size(done.source_bytes)} -> {_size(done.target_bytes)}, {done.before:,} -> {done.after:,} ranks in all, "
         f"layout {done.layout}")  # fmt: skip
     if done.fidelity.kept:
         _say_fidelity(done.fidelity)
+    if effect is not None:
+        share = effect.apart / effect.before if effect.before else 0.0
+        say(f"effect on {effect.base}: {effect.before:.3g} before and {effect.after:.3g} after, of the base's norm; "
+            f"what is between them is {share:.2%} of it")  # fmt: skip
     say(str(done.path))
     return 0
 
@@ -177,9 +245,19 @@ def _bake(host: LocalHost, args: argparse.Namespace) -> int:
 
 def _spectrum(host: LocalHost, args: argparse.Namespace) -> int:
     from nodes.engine.lowrank import share_of_ranks
-    from nodes.workshop import spectrum
+    from nodes.workshop import cut_from, spectrum, write_spectrum
 
-    found = spectrum(host, args.name, anywhere=True)
+    cut = cut_from(args.rank, args.energy, args.size_mb)
+    if args.output is not None:
+        path = write_spectrum(host, args.name, args.output, cut, args.device, anywhere=True, force=args.force)
+        if args.json:
+            print_json({"target": str(path)})
+        else:
+            say(str(path))
+        return 0
+    if cut.to_json():
+        raise UsageError("A cut is for the picture: say where to draw it with -o, or resize with `workshop resize`.")
+    found = spectrum(host, args.name, args.device, anywhere=True)
     if args.json:
         print_json({name: list(values) for name, values in found.items()})
         return 0

@@ -22,6 +22,53 @@ from .lora_write import best_target, check_name, write
 from .lowrank import Cut, Fidelity, Kept, ratio, square
 from .pristine import PristineFiles
 from .shrink import Dense, Step, metadata, quiet, shrink
+from .statistics import Difference, Measured, differences
+
+ARMS = ("base", "fine-tuned", "extracted")
+
+
+@dataclass(frozen=True)
+class ArmLosses:
+    """How well each predicts clips that it was not trained on: `heldout`'s loss, at noise and timesteps that are the
+    same for all three, so that what they have in common cancels in the differences."""
+
+    dataset: str
+    clips: int
+    draws: int  # of each clip
+    means: Mapping[str, float]  # of ARMS
+    differences: tuple[Difference, ...]  # fine-tuned − base, extracted − base, extracted − fine-tuned
+
+    @property
+    def recovered(self) -> float | None:
+        """The share of what training gained that the adapter has; None where it gained nothing that can be told."""
+        gain = self.differences[0]
+        if not gain.told or gain.mean >= 0:
+            return None
+        return self.differences[1].mean / gain.mean
+
+    def words(self) -> tuple[str, ...]:
+        arms = ", ".join(f"{arm} {self.means[arm]:.4g}" for arm in ARMS)
+        head = f"loss on {self.clips} held-out clips, {self.draws} draws each: {arms}"
+        share = () if self.recovered is None else (f"{self.recovered:.1%} of what training gained is in the adapter",)
+        return (head, *(difference.words() for difference in self.differences), *share)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset, "clips": self.clips, "draws": self.draws, "means": dict(self.means),
+            "differences": [difference.to_json() for difference in self.differences], "recovered": self.recovered,
+            "words": list(self.words()),
+        }  # fmt: skip
+
+
+def compare_losses(
+    found: Mapping[str, Mapping[tuple[str, int], float]], dataset: str, clips: int, draws: int
+) -> ArmLosses:
+    """`found`: of each of ARMS, (item's name, draw) -> loss, as `heldout.losses` gives them."""
+    measured = Measured("held_out_loss", found, higher_is_better=False)
+    base, tuned, extracted = ARMS
+    told = differences([measured], [(base, tuned), (base, extracted), (tuned, extracted)])
+    means = {arm: math.fsum(found[arm].values()) / max(len(found[arm]), 1) for arm in ARMS}
+    return ArmLosses(dataset, clips, draws, means, told)
 
 
 @dataclass(frozen=True)
@@ -35,6 +82,7 @@ class Extraction:
     cast: float  # share of ‖Δ‖² that the base has when it is only rounded as coarsely as the fine-tune is stored
     source_bytes: int
     target_bytes: int
+    losses: ArmLosses | None = None  # of base, fine-tune and base with the adapter, where they were asked for
 
     def to_json(self, layers: bool = True) -> dict[str, Any]:
         return {
@@ -46,6 +94,7 @@ class Extraction:
             "cast": self.cast,
             "dropped_names": [one.name for one in self.fidelity.of("dropped")],
             **self.fidelity.to_json(layers),
+            **({} if self.losses is None else {"losses": self.losses.to_json()}),
         }
 
 

@@ -61,13 +61,13 @@ def convert(source: Path, target: Path, alpha: float | None = None, timeout_s: f
     if alpha is not None and not 0 < alpha <= ALPHA_CAP:
         raise UsageError(f"alpha {alpha:g} is not above 0 and up to {ALPHA_CAP:g}.")
     with tempfile.TemporaryDirectory(prefix="cogloom-", ignore_cleanup_errors=True) as folder:
-        taken = _taken(source, Path(folder), timeout_s) if _apart(source) else {}
-        adapter = lora_file.read(Path(taken.get("path", source)))
+        said = taken(source, Path(folder), timeout_s) if _apart(source) else {}
+        adapter = lora_file.read(Path(said.get("path", source)))
     factors = {module.path: (module.A, module.B) for module in adapter.modules if isinstance(module, LoRA)}
     if adapter.kind != "lora" or len(factors) != len(adapter.modules):
         raise AdapterUnreadable(
             f"{source.name}: its kind is {adapter.kind}, and only plain LoRA can be written in the diffusers format. "
-            + ("It is read as it is; use it so." if not taken else "Ask its maker for a .safetensors file.")
+            + ("It is read as it is; use it so." if not said else "Ask its maker for a .safetensors file.")
         )
     alphas = {
         module.path: module.strength * module.rank if alpha is None else float(alpha) for module in adapter.modules
@@ -82,8 +82,8 @@ def convert(source: Path, target: Path, alpha: float | None = None, timeout_s: f
         "target": str(target),
         "layout": adapter.layout,
         "tensors_used": adapter.tensors_used,
-        "tensors_total": taken.get("total", adapter.tensors_total),
-        "unused": [*adapter.unused, *taken.get("left", ())],
+        "tensors_total": said.get("total", adapter.tensors_total),
+        "unused": [*adapter.unused, *said.get("left", ())],
         "rank": about["rank"],
         "alpha": Counter(alphas.values()).most_common(1)[0][0],
         "scale": about["scale"],
@@ -111,16 +111,16 @@ def _apart(source: Path) -> bool:
         return len({SAT.fullmatch(name) is None for name in container.tensors}) == 2
 
 
-def _taken(source: Path, folder: Path, timeout_s: float) -> dict[str, Any]:
+def taken(source: Path, folder: Path, timeout_s: float, worker: Path | None = None) -> dict[str, Any]:
     """The adapter's tensors of `source` in a safetensors file in `folder`, made by another process: `path`, `total`
-    and `left`. Raises AdapterUnreadable."""
+    and `left`; and whatever else another `worker` tells. Raises AdapterUnreadable, DiskFull."""
     out, report, trail = folder / f"{source.stem[:100]}.safetensors", folder / "report.json", folder / "trail.txt"
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     environment |= dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP"), str(folder))
     try:
         with open(trail, "wb") as errors:
             done = subprocess.run(
-                [sys.executable, "-I", str(WORKER), str(source.absolute()), str(out), str(report)],
+                [sys.executable, "-I", str(worker or WORKER), str(source.absolute()), str(out), str(report)],
                 cwd=folder,
                 env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.DEVNULL,

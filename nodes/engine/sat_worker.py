@@ -54,7 +54,7 @@ class Refused(Exception):
 
 
 def main(source: Path, out: Path, report: Path) -> None:
-    limit_memory(source)
+    limit_memory(source.stat().st_size)
     guard(report)
     report.write_text(json.dumps(taken(source, out)), encoding="utf-8")
 
@@ -74,13 +74,14 @@ def taken(source: Path, out: Path) -> dict[str, Any]:
     return said
 
 
-def limit_memory(source: Path) -> None:
-    """Beyond what the process has now: a graphics build of PyTorch maps gigabytes by being imported."""
+def limit_memory(size: int) -> None:
+    """For files of so many bytes, beyond what the process has now: a graphics build of PyTorch maps gigabytes by being
+    imported."""
     if sys.platform == "win32":
         return
     import resource
 
-    size, now = source.stat().st_size, 0
+    now = 0
     with contextlib.suppress(OSError):  # no /proc
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for kind, most in (
@@ -109,7 +110,11 @@ def guard(report: Path) -> None:
 
 def pick(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(name -> tensor in memory of its own, what was taken). Raises Refused, and whatever PyTorch raises."""
-    table = opened(source)
+    return picked(opened(source), source.stat().st_size)
+
+
+def picked(table: Mapping[str, Any], size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """As `pick`, of a table out of files of so many bytes."""
     total = sum(isinstance(value, torch.Tensor) for value in table.values())
     matches = [found for key in table if (found := matrix(key))]
     sat = any(found.re is SAT for found in matches)
@@ -123,7 +128,7 @@ def pick(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise Refused(f"there is no adapter among its {total:,} tensors; it holds {some}")
     if len(chosen) > _TENSOR_CAP:
         raise Refused(f"it has {len(chosen):,} adapter tensors; up to {_TENSOR_CAP:,} are read")
-    room, tensors = source.stat().st_size, dict[str, torch.Tensor]()
+    room, tensors = size, dict[str, torch.Tensor]()
     for name, key in chosen.items():
         tensor = table[key]
         if not _NAME.fullmatch(name):
