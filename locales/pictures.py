@@ -67,11 +67,20 @@ PICTURES = {
     ),
     "CogLoomMetrics": Picture(template="sweep"),
     "CogLoomLoraSave": Picture({"name": "loras/neon-bounce"}),
+    "CogLoomExtract": Picture({"finetuned": "my_finetune", "checkpoint": "zai-org/CogVideoX-5b"}, (380, 0)),
+    "CogLoomMerge": Picture({"method": "svd", "keep": "energy", "name": "loras/neon-bounce"}, (380, 0)),
+    "CogLoomResize": Picture({"adapter": "neon.safetensors", "keep": "energy", "name": "loras/neon-small"}, (380, 0)),
+    "CogLoomConvert": Picture({"adapter": "neon.safetensors", "name": "loras/neon-comfyui"}, (380, 0)),
+    "CogLoomBake": Picture({"checkpoint": "zai-org/CogVideoX-2b", "name": "diffusion_models/sunset"}, (380, 0)),
+    "CogLoomTake": Picture({"source": "training/my-lora", "which": "best", "name": "loras/my-lora"}, (380, 0)),
+    "CogLoomTrain": Picture({"dataset": "my-clips", "trigger_words": "sks dancer"}, (380, 0)),
+    "CogLoomLineage": Picture({"adapter": "neon.safetensors"}, (380, 0)),
 }
 
 LONE = """async ([kind, widgets, size]) => {
   const graph = window.app.graph;
   graph.clear();
+  graph.last_node_id = window.shots = (window.shots ?? 0) + 1;  // the page remembers values by a node's number
   const node = LiteGraph.createNode(kind);
   graph.add(node);
   for (const [name, value] of Object.entries(widgets)) {

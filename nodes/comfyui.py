@@ -14,6 +14,7 @@ import inspect
 import io
 import json
 import logging
+import time
 import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ from .schema import NODES, Choice, Field, Flag, Input, Node, Number, Shown, Sock
 log = logging.getLogger("cogloom")
 
 BASES, LORAS = "CogVideo", "cogvideox_loras"  # keys of folder_paths, and of extra_model_paths.yaml
+SAID = 0.5  # seconds that a line under a node stands at the least
 
 
 def _register_folders() -> None:
@@ -64,8 +66,9 @@ class ComfyHost:
     def __init__(self, node: str | None = None, prompt: Any = None, workflow: Any = None) -> None:
         self._node, self._prompt, self._workflow = node, prompt, workflow
         self._bar: Any = None
-        self._said = False
+        self._said: tuple[str, float] | None = None  # what stands under the node, and since when
         self._previews: Callable[[Look], Any] | None = None
+        self._swap, self._began = bases.last_swap, time.monotonic()
 
     @property
     def model_folders(self) -> tuple[Path, ...]:
@@ -163,16 +166,30 @@ class ComfyHost:
             if self._previews is None:
                 self._previews = _previewer(preview)
             picture = self._previews(preview)
-        elif done == 0 and what:
-            log.info("%s", what)
-            self._said = True
+        elif what and (done == 0 or self._due(what)):
+            if done == 0:
+                log.info("%s", what)
+            self._said = what, time.monotonic()
             _say(self._node, what)
-        bar.update_absolute(done, total, picture)
+        try:
+            bar.update_absolute(done, total, picture)
+        except comfy.model_management.InterruptProcessingException:
+            # Work that is stopped in the middle of a step has nothing to go on from: `check_cancelled` stops between.
+            comfy.model_management.interrupt_current_processing()
+
+    def _due(self, what: str) -> bool:
+        """Layers and losses come faster than they can be read."""
+        return self._said is None or (what != self._said[0] and time.monotonic() - self._said[1] >= SAID)
 
     def finish(self) -> None:
         """Under the node stays not what it was last busy with, but what it cost."""
-        if self._said and self._node is not None and bases.last_swap is not None:
-            _say(self._node, f"base loads: {bases.loads} · last swap: {bases.last_swap.seconds * 1000:.1f} ms")
+        if self._said is None or self._node is None:
+            return
+        swap = bases.last_swap
+        if swap is None or swap is self._swap:  # no base was asked: a tool of the workshop
+            _say(self._node, f"{time.monotonic() - self._began:.1f} s")
+        else:
+            _say(self._node, f"base loads: {bases.loads} · last swap: {swap.seconds * 1000:.1f} ms")
 
     def _animate(self, done: int, total: int, look: Look) -> None:
         """The whole clip so far, for the page to play: ComfyUI's own preview message holds one picture."""

@@ -717,3 +717,7 @@ def metrics_table(
         page = grid.write_report(host, found, level)
         lines["words"].append(f"Report: {page}")
     return Shown((text, grid.as_json(concluded)), {"text": [text], "cogloom_table": [lines]})
+
+
+# The workshop's nodes use the inputs above, and belong to the same graph.
+from . import workshop_nodes as _workshop  # noqa: E402, F401  its import fills NODES

@@ -294,6 +294,51 @@ TEMPLATES = {
         thumbnail="grid",
         filmstrip=False,
     ),
+    "workshop": Template(
+        "Two LoRAs become one file",
+        "The stack is merged into one LoRA by SVD, as few ranks in each layer as keep 99.9 % of what it adds, and both "
+        "are rendered with the same noise: left the stack, right the file. It lies in output/loras, where every list "
+        "of LoRAs finds it after a refresh. The other tools of CogLoom/workshop connect in the same way.",
+        {
+            "base": base(),
+            "prompt": prompt("a large cyan triangle moving left on a navy background"),
+            "stack": Put(
+                "CogLoomLoraStack",
+                {"rows": rows({"adapter": "neon.safetensors", "weight": 0.8}, {"adapter": "bounce.safetensors"})},
+                400,
+                300,
+            ),
+            "merge": Put(
+                "CogLoomMerge",
+                {"stack": STACK, "method": "svd", "keep": "energy", "energy": 0.999, "name": "loras/neon-bounce"},
+                480,
+                620,
+            ),
+            "compare": Put(
+                "CogLoomCompare",
+                {
+                    "base": Wire("base", "base"),
+                    "positive": Wire("prompt", "positive"),
+                    "negative": Wire("prompt", "negative"),
+                    "a": STACK,
+                    "b": Wire("merge", "stack"),
+                    "seed": 4,
+                    "steps": 20,
+                    "name": "CogLoom/workshop",
+                    "labels": "stack, merged",
+                },
+                620,
+                980,
+            ),
+        },
+        {
+            "Base and prompt": [["note", "base", "prompt"]],
+            "Merge": [["stack", "merge"]],
+            "Compare": [["compare"]],
+        },
+        thumbnail="compare",
+        filmstrip=False,
+    ),
     "native_model": Template(
         "LoRA on ComfyUI's own model",
         "A CogLoom stack on ComfyUI's own CogVideoX (ComfyUI 0.21 or newer), with KSampler and the core nodes. Choose "

@@ -24,6 +24,14 @@ OUTPUTS = {
     "CogLoomNativeLora": ("model", "positive", "negative"),
     "CogLoomGrid": ("grid", "fps", "study", "verdict"),
     "CogLoomMetrics": ("table", "json"),
+    "CogLoomExtract": ("stack", "file"),
+    "CogLoomMerge": ("stack", "file"),
+    "CogLoomResize": ("stack", "file"),
+    "CogLoomConvert": ("stack", "file"),
+    "CogLoomBake": ("folder",),
+    "CogLoomTake": ("stack", "file"),
+    "CogLoomTrain": ("stack", "file"),
+    "CogLoomLineage": ("text", "json"),
 }  # the outputs, in the order that is for good
 
 

@@ -97,3 +97,31 @@ def test_an_adapter_of_another_size_is_refused_on_the_node(native: Server):
     assert error is not None
     assert error["node_id"] == "7"
     assert "neon.safetensors" in error["exception_message"]
+
+
+def test_what_the_workshop_writes_opens_in_the_cores_own_loader(native: Server):
+    """Load LoRA (Model Only) of ComfyUI, which knows none of CogVideoX's adapters by the names that they come with."""
+    convert = {
+        "1": {"class_type": "CogLoomConvert",
+              "inputs": {"adapter": "it.safetensors", "layout": "comfyui", "name": "loras/core"}},
+        "2": {"class_type": "CogLoomLora",
+              "inputs": {"adapter": "it.safetensors", "weight": 1.0, "blocks": "", "steps": "", "partial": False}},
+        "3": {"class_type": "CogLoomMerge",
+              "inputs": {"stack": ["2", 0], "method": "svd", "density": 0.5, "majority": "total", "dare_seed": 0,
+                         "keep": "energy", "rank": 64, "energy": 1.0, "size_mb": 50.0, "dtype": "fp32",
+                         "name": "loras/merged"}},
+    }  # fmt: skip
+    native.run(convert).ok()
+    off, ours = clip(native, []), clip(native, [{"adapter": "it.safetensors", "weight": 4.0}])
+    graph = template([])
+    loader = {"model": graph["7"]["inputs"]["model"], "lora_name": "core_00001_.safetensors", "strength_model": 4.0}
+    graph["20"] = {"class_type": "LoraLoaderModelOnly", "inputs": loader}
+    graph["7"]["inputs"]["model"] = ["20", 0]
+    loads = native.log().count("lora key not loaded")
+    (file,) = native.run(graph).ok().outputs["11"]["images"]
+    core = read_video(native.path_of(file))[0]
+    assert native.log().count("lora key not loaded") == loads
+    assert (ours - off).abs().mean() > 0.01
+    assert (core - ours).abs().mean() < 0.1 * (ours - off).abs().mean()
+    merged = clip(native, [{"adapter": "merged_00001_.safetensors", "weight": 4.0}])
+    assert (merged - ours).abs().mean() < 0.1 * (ours - off).abs().mean()

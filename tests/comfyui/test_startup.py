@@ -67,7 +67,7 @@ def test_everything_says_what_it_is(info: dict[str, Any]):
     for id, node in ours(info).items():
         assert node["display_name"] not in ("", id), id
         assert len(node["description"]) > 30, id
-        assert node["category"] in ("CogLoom", "CogLoom/native"), id
+        assert node["category"] in ("CogLoom", "CogLoom/native", "CogLoom/workshop"), id
         for kind in ("required", "optional"):
             for name, spec in node["input"].get(kind, {}).items():
                 assert len(spec[1].get("tooltip", "")) > 10, f"{id}.{name} has no tooltip"
