@@ -12,6 +12,7 @@ import gradio as gr
 from nodes.engine.checkpoints import DEMO, find_checkpoint
 from nodes.engine.errors import CogLoomError, UsageError
 from nodes.host import LocalHost, contained
+from nodes.lineage import Lineage, lineage
 from nodes.lora import (
     adapter_row,
     adapter_rows,
@@ -25,10 +26,10 @@ from nodes.lora import (
 from nodes.model import choose_base, list_bases
 from nodes.schema import sentence
 
-from . import parts
+from . import errors_zh, parts
 from .app import Ui
 from .start import uploaded
-from .tab_parts import failed, notes, part, plain
+from .tab_parts import failed, notes, part, plain, relisted
 from .text import text
 
 PICKLED = [".safetensors", ".pt", ".bin", ".pth", ".ckpt"]
@@ -59,6 +60,7 @@ def build(ui: Ui) -> None:
                 chosen = ui.said(gr.Dropdown(names(folders), value=None, filterable=True, elem_id="cl-adapter"),
                                  label="adapter")  # fmt: skip
                 card = part("adapter", None, elem_id="cl-adapter-card")
+                family = part("lineage", None, elem_id="cl-adapter-lineage")
                 effect = part("bars", None, elem_id="cl-adapter-effect")
                 told = parts.part("notes", notes(), elem_id="cl-adapter-told")
                 other = ui.said(gr.Dropdown(names(folders), value=None, filterable=True, elem_id="cl-adapter-other"),
@@ -100,10 +102,10 @@ def build(ui: Ui) -> None:
         rank = rank if rank in [value for _, value in ranks] else 0
         bases = base_choices(folders, language)
         base = base if base in [value for _, value in bases] else ""
-        chosen = chosen if chosen in there else None
+        still = chosen if chosen in there else None
         return (
-            browse(folders, language, search, base, rank, chosen), gr.update(choices=found, value=chosen),
-            gr.update(choices=found), gr.update(choices=ranks, value=rank), gr.update(choices=bases, value=base),
+            browse(folders, language, search, base, rank, still), relisted(found, chosen), gr.update(choices=found),
+            gr.update(choices=ranks, value=rank), gr.update(choices=bases, value=base),
         )  # fmt: skip
 
     everything = [grid, chosen, other, rank, base]
@@ -123,7 +125,7 @@ def build(ui: Ui) -> None:
         try:
             about = adapter_row(folders, name)
         except CogLoomError as error:
-            return None, None, failed(error), None, "", "", "", notes()
+            return None, None, failed(error, language), None, "", "", "", notes()
         words = ", ".join(about["trigger_words"])
         return card_of(about, name, language), None, notes(), None, "", words, about["notes"], notes()
 
@@ -135,13 +137,21 @@ def build(ui: Ui) -> None:
         try:
             return effect_of(folders, name, base, language)
         except CogLoomError as error:
-            return None, failed(error)
+            return None, failed(error, language)
 
     details = [card, effect, told, overlap, scale, words, remarks, settled]
     # What the files say is quick; how strong they are on a large base reads gigabytes, so it comes after.
     picked = chosen.change(inspected, [ui.language, chosen], details, show_progress="hidden",
                            api_visibility="private", **LOOK)  # fmt: skip
     picked.then(measured, [ui.language, chosen, base], [effect, told], api_visibility="private", **LOOK)
+
+    def traced(language: str, name: str | None) -> dict[str, Any] | None:
+        try:
+            return None if not name else family_of(lineage(folders, name), language)
+        except CogLoomError:  # the card says what is wrong with the file
+            return None
+
+    picked.then(traced, [ui.language, chosen], family, show_progress="hidden", api_visibility="private", **LOOK)
     picked.then(shown, filters, grid, **QUICK)
     base.change(measured, [ui.language, chosen, base], [effect, told], api_visibility="private", **LOOK)
 
@@ -153,7 +163,7 @@ def build(ui: Ui) -> None:
                 raise UsageError(text("pick_adapter", language))
             found = cosines(folders, name, other, base)
         except CogLoomError as error:
-            return None, failed(error)
+            return None, failed(error, language)
         title = text("overlap_title", language, a=plain(found["a"], 60), b=plain(found["b"], 60), base=plain(base))
         bars = list(found["blocks"].items())
         return {"title": title, "said": f"{found['overall']:+.3f}", "bars": bars, "low": -1, "high": 1}, notes()
@@ -171,7 +181,7 @@ def build(ui: Ui) -> None:
             lines = settle_lines(settle_of(folders, name, scale, said, noted), language)
             return notes(*lines), card_of(adapter_row(folders, name), name, language)
         except CogLoomError as error:
-            return failed(error), gr.skip()
+            return failed(error, language), gr.skip()
 
     saved = save.click(settle, [ui.language, chosen, scale, words, remarks], [settled, card],
                        api_visibility="private", **LOOK)  # fmt: skip
@@ -184,7 +194,7 @@ def build(ui: Ui) -> None:
                 raise UsageError(text("convert_nothing", language))
             return notes(convert_line(convert_of(ui.host(), uploaded(path), "", _alpha(alpha)), language))
         except CogLoomError as error:
-            return failed(error)
+            return failed(error, language)
 
     def convert_chosen(language: str, name: str | None, alpha: str) -> dict[str, Any]:
         try:
@@ -193,7 +203,7 @@ def build(ui: Ui) -> None:
             path = find_adapter(folders, name)
             return notes(convert_line(convert_of(ui.host(), path, "-diffusers", _alpha(alpha)), language))
         except CogLoomError as error:
-            return failed(error)
+            return failed(error, language)
 
     one_at_a_time: dict[str, Any] = {"concurrency_id": "convert", "concurrency_limit": 1, "api_visibility": "private"}
     for event in (
@@ -303,7 +313,7 @@ def browse(
     try:
         rows = found(folders, search, base, rank)
     except CogLoomError as error:
-        return {"rows": [], "said": sentence(error)}
+        return {"rows": [], "said": errors_zh.worded(error, language)}
     total = len(listed(folders))
     said = [text("adapters_shown", language, shown=min(len(rows), SHOWN), total=total)]
     if len(rows) > SHOWN:
@@ -336,7 +346,7 @@ def card_of(about: Mapping[str, Any], name: str, language: str) -> dict[str, Any
     used = f"{about['tensors_used']:,} / {about['tensors_total']:,}"
     facts = [
         ("a_file", name),
-        ("a_scale", about["scale_reason"]),
+        ("a_scale", errors_zh.phrase(about["scale_reason"], language)),
         ("a_rank", _range(about["rank"]) if about["rank"] != [] else "–"),
         ("a_layout", f"{about['layout']}, {about['kind']}"),
         ("a_fits", fits),
@@ -349,11 +359,29 @@ def card_of(about: Mapping[str, Any], name: str, language: str) -> dict[str, Any
     ]
     return {
         "title": plain(about["name"], 200),
-        "problem": plain(about["problem"] or ""),
-        "hints": [plain(hint) for hint in about["hints"]],
+        "problem": plain(errors_zh.told(about["problem"] or "", language)),
+        "hints": [plain(errors_zh.told(hint, language)) for hint in about["hints"]],
         "facts": [[key, plain(value)] for key, value in facts],
         "metadata": [[plain(key, 200), plain(value)] for key, value in list(about["metadata"].items())[:200]],
     }
+
+
+def family_of(tree: Lineage, language: str) -> dict[str, Any]:
+    """For the `lineage` part: what it was made of, and of those each, whether it is here."""
+    rows: list[list[Any]] = []
+
+    def told(one: Lineage, depth: int) -> None:
+        what = [text(f"a_role_{one.role.replace('-', '_')}", language), one.how, one.part]
+        short = one.sha256.removeprefix("sampled:")[:12]
+        state = text(f"a_state_{one.state.replace(' ', '_')}", language)
+        about = " · ".join(plain(part, 100) for part in (*what, short, state) if part)
+        rows.append([depth, plain(one.name, 100), about, one.state])
+        for parent in one.parents:
+            told(parent, depth + 1)
+
+    for parent in tree.parents:
+        told(parent, 0)
+    return {"title": text("a_lineage", language), "rows": rows, "none": text("a_lineage_none", language)}
 
 
 def effect_of(folders: LocalHost, name: str, base: str, language: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -365,12 +393,12 @@ def effect_of(folders: LocalHost, name: str, base: str, language: str) -> tuple[
     row = adapter_row(folders, name, base)
     found = row["effect"]
     if found is None:
-        return None, notes(plain(row["problem"] or ""), level="bad")
+        return None, notes(plain(errors_zh.told(row["problem"] or "", language)), level="bad")
     said = text("effect_total", language, value=f"{found['overall']:.3g}")
     bars = [[block, ratio if ratio < 1e6 else 1e6] for block, ratio in found["blocks"].items()]
     title = text("effect", language, base=plain(base))
     return {"title": title, "said": said, "bars": bars}, notes(
-        plain(found["warning"] or ""), level="warn" if found["warning"] else "fine"
+        plain(errors_zh.told(found["warning"] or "", language)), level="warn" if found["warning"] else "fine"
     )  # fmt: skip
 
 
@@ -397,9 +425,10 @@ def settle_of(
 
 
 def settle_lines(settled: Mapping[str, Any], language: str) -> list[str]:
-    lines = [text("settled", language, file=plain(settled["file"], 200), after=plain(settled["after"]))]
+    before, after = (plain(errors_zh.phrase(settled[when], language)) for when in ("before", "after"))
+    lines = [text("settled", language, file=plain(settled["file"], 200), after=after)]
     if settled["before"] != settled["after"]:
-        lines.append(text("settled_before", language, before=plain(settled["before"])))
+        lines.append(text("settled_before", language, before=before))
     return lines
 
 
@@ -432,8 +461,9 @@ def _alpha(text_of_it: str) -> float | None:
 
 
 def convert_line(report: Mapping[str, Any], language: str) -> str:
+    reason = plain(errors_zh.phrase(report["scale_reason"], language))
     return text("converted", language, name=plain(report["target"], 200), used=report["tensors_used"],
-                total=report["tensors_total"], reason=plain(report["scale_reason"]))  # fmt: skip
+                total=report["tensors_total"], reason=reason)  # fmt: skip
 
 
 def _range(value: Any) -> str:

@@ -93,7 +93,7 @@ def build(folders: LocalHost) -> Any:
             with ui.said(gr.Tab(id="compare"), label="tab_compare"):
                 compare = compare_tab.build(ui, render)
             studies = [module.build(ui) for module in (sweep_tab, vote_tab, report_tab)]
-            for name in ("adapters_tab", "workflows_tab", "train_tab"):
+            for name in ("adapters_tab", "workshop_tab", "workflows_tab", "train_tab"):
                 if importlib.util.find_spec(f"ui.{name}"):
                     importlib.import_module(f"ui.{name}").build(ui)
         persist.build(ui, {name: one for tab in (render, compare, *studies) for name, one in tab.kept.items()})

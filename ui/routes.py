@@ -16,6 +16,7 @@ from .gallery import record
 
 CLIPS = {".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif", ".mkv": "video/x-matroska",
          ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
+MADE = {".safetensors": "application/octet-stream", ".json": "application/json"}
 REPORT = {".html": "text/html; charset=utf-8", ".svg": "image/svg+xml", ".csv": "text/csv; charset=utf-8",
           ".json": "application/json"}  # fmt: skip
 STATIC = Path(__file__).parent / "static"
@@ -52,11 +53,13 @@ def add_routes(application: Any, folders: LocalHost) -> Callable[[Any], None]:
             if not isinstance(found, Path):
                 return JSONResponse(found)
             # A type of ours, never the file's word.
-            return FileResponse(found, media_type={**CLIPS, **REPORT}[found.suffix.lower()])
+            kind = {**CLIPS, **REPORT, **MADE}[found.suffix.lower()]
+            return FileResponse(found, media_type=kind, filename=found.name if look is made else None)
 
         return handler
 
-    looks = {**page.ANSWERS, "clip": clip, "start": start, "record": record, "vote": vote, "report": report}
+    looks = {**page.ANSWERS, "clip": clip, "start": start, "record": record, "vote": vote, "report": report,
+             "made": made}  # fmt: skip
     for name, look in looks.items():
         application.add_route(f"/cogloom/{name}", answer(look), methods=["GET"])
     application.add_route("/cogloom/shared.css", shared_styles, methods=["GET"])
@@ -108,6 +111,13 @@ def vote(folders: LocalHost, query: Any) -> Path:
 def report(folders: LocalHost, query: Any) -> Path:
     """A file of a study's report, which the app has written with every name in it escaped."""
     from .report_tab import file
+
+    return file(folders, query)
+
+
+def made(folders: LocalHost, query: Any) -> Path:
+    """A file that the Workshop tab has made since the app began, by the word that its page was told."""
+    from .workshop_tab import file
 
     return file(folders, query)
 

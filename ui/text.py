@@ -11,7 +11,7 @@ from typing import Any
 from nodes.host import ROOT
 from nodes.schema import NODES
 
-from . import text_more, text_study
+from . import text_more, text_study, text_workshop
 
 LANGUAGES = {"en": "English", "zh": "中文"}
 
@@ -116,7 +116,7 @@ T: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
-ALL = {**text_more.MORE, **text_study.STUDY, **T}  # with what the other tabs say
+ALL = {**text_more.MORE, **text_study.STUDY, **text_workshop.WORKSHOP, **T}  # with what the other tabs say
 
 
 def text(key: str, language: str, **values: Any) -> str:

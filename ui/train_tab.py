@@ -15,22 +15,26 @@ from nodes.engine import dataset
 from nodes.engine.checkpoints import DEMO
 from nodes.engine.errors import CogLoomError, UsageError
 from nodes.engine.files import replacing
-from nodes.engine.finetune import PRECISIONS, SCHEDULES, TARGETS, Settings
+from nodes.engine.finetune import OPTIMISERS, PRECISIONS, QUANTISED, SCHEDULES, TARGETS, Settings
+from nodes.engine.pipeline import Base
+from nodes.engine.train_plan import TrainEstimate
 from nodes.host import ROOT, LocalHost, contained
 from nodes.model import choose_base, list_bases
 from nodes.schema import sentence
 from nodes.train import HELP
+from nodes.train import estimate as train_estimate
 
-from . import make, parts, training
+from . import errors_zh, make, parts, train_runs, training
 from .app import Ui
 from .render_tab import duration
-from .tab_parts import failed, notes, part, plain
+from .tab_parts import failed, notes, part, plain, relisted
 from .text import text
 
 BEAT = 1.0  # seconds between two looks at a training that runs
 MAIN = ("steps", "learning_rate", "rank", "trigger_words", "frames", "width", "height", "validation_items",
         "sample_every", "sample_prompts")  # fmt: skip
-CHOICES = {"lr_schedule": SCHEDULES, "optimiser": ("adamw",), "mixed_precision": PRECISIONS}
+CHOICES = {"lr_schedule": SCHEDULES, "optimiser": OPTIMISERS, "mixed_precision": PRECISIONS, "quantise": QUANTISED}
+LISTS = ("trigger_words", "buckets")  # said in one line, with commas
 KNOWN = {one.name: one for one in dataclasses.fields(Settings) if one.name != "title"}
 CAPTIONS = 12  # shown of a dataset
 SAMPLES = 12  # clips on the way, the latest
@@ -74,19 +78,23 @@ def build(ui: Ui) -> None:
                         with gr.Row():
                             for one in rest[at : at + 2]:
                                 made[one] = _component(ui, one)
-                fresh = ui.said(
-                    gr.Checkbox(False, elem_id="cl-train-fresh"), label="train_fresh", info="train_fresh_info"
-                )
+                with gr.Row():
+                    fresh = ui.said(gr.Checkbox(False, elem_id="cl-train-fresh", min_width=200), label="train_fresh",
+                                    info="train_fresh_info")  # fmt: skip
+                    anyway = ui.said(gr.Checkbox(False, elem_id="cl-train-anyway", min_width=200), label="train_anyway",
+                                     info="train_anyway_info")  # fmt: skip
             with gr.Column(scale=5, min_width=330):
                 with gr.Row():
                     go = ui.said(gr.Button(variant="primary", elem_id="cl-train-start", scale=3), value="train_start")
                     halt = ui.said(gr.Button(variant="stop", elem_id="cl-train-stop", scale=1, min_width=90,
                                              interactive=False), value="stop")  # fmt: skip
+                estimate = ui.said(gr.Button(size="sm", elem_id="cl-train-estimate"), value="train_estimate")
                 progress = parts.part("progress", {"state": "idle"}, elem_id="cl-train-progress")
                 plot = part("plot", None, elem_id="cl-train-plot")
                 told = parts.part("notes", notes(), elem_id="cl-train-told")
                 samples = part("samples", [], elem_id="cl-train-samples")
                 keep = ui.said(gr.Button(size="sm", elem_id="cl-train-keep", interactive=False), value="train_keep")
+                train_runs.build(ui, tab)
         # Looks only while something runs: an idle page asks for nothing.
         clock = gr.Timer(BEAT, active=False)
         _api(ui)
@@ -108,8 +116,7 @@ def build(ui: Ui) -> None:
     ui.page.load(looked, ui.language, state, **QUICK)
 
     def reread(language: str, chosen: str | None) -> tuple[Any, Any]:
-        found = training.datasets(root)
-        return gr.update(choices=found, value=chosen if chosen in found else None), _found(root, language)
+        return relisted(training.datasets(root), chosen), _found(root, language)
 
     gr.on([tab.select, ui.language.change], reread, [ui.language, data], [data, seen], **QUICK)
 
@@ -117,7 +124,7 @@ def build(ui: Ui) -> None:
         try:
             items = dataset.scan(training.dataset_at(root, chosen))
         except CogLoomError as error:
-            return failed(error), []
+            return failed(error, language), []
         counts = {kind: sum(item.kind == kind for item in items) for kind in ("clip", "still")}
         said = text("train_counts", language, clips=counts["clip"], stills=counts["still"])
         return notes(said), [[plain(item.name, 100), plain(item.caption, 400)] for item in items[:CAPTIONS]]
@@ -127,17 +134,28 @@ def build(ui: Ui) -> None:
 
     fields = list(made)
 
-    def begin(language: str, chosen: str | None, name: str, base: str, fresh: bool, *values: Any) -> tuple[Any, ...]:
+    def begin(
+        language: str, chosen: str | None, name: str, base: str, fresh: bool, anyway: bool, *values: Any
+    ) -> tuple[Any, ...]:
         try:
             given = dict(zip(fields, values, strict=True))
-            started(ui.host(), root, chosen, name, base, given, fresh, language)
+            started(ui.host(), root, chosen, name, base, given, fresh, language, anyway)
         except CogLoomError as error:
             # What runs goes on being shown; only the sentence is new.
-            return (*looked(language)[:2], failed(error), *looked(language)[3:])
+            return (*looked(language)[:2], failed(error, language), *looked(language)[3:])
         return looked(language)
 
-    go.click(begin, [ui.language, data, name, base, fresh, *made.values()], state, trigger_mode="once",
+    go.click(begin, [ui.language, data, name, base, fresh, anyway, *made.values()], state, trigger_mode="once",
              show_progress="hidden", **LOOK)  # fmt: skip
+
+    def estimated(language: str, base: str, *values: Any) -> dict[str, Any]:
+        try:
+            told = estimate_of(ui.host(), base, dict(zip(fields, values, strict=True)), language)
+        except CogLoomError as error:
+            return failed(error, language)
+        return notes(plain(errors_zh.told(told.sentence(), language)), level="fine" if told.fits else "warn")
+
+    estimate.click(estimated, [ui.language, base, *made.values()], told, **LOOK)
 
     def stopped(language: str) -> tuple[Any, ...]:
         training.stop()
@@ -149,7 +167,7 @@ def build(ui: Ui) -> None:
         try:
             return notes(text("train_kept", language, name=plain(keep_adapter(ui.folders, language))))
         except CogLoomError as error:
-            return failed(error)
+            return failed(error, language)
 
     keep.click(kept, ui.language, told, **LOOK)
 
@@ -163,18 +181,26 @@ def _api(ui: Ui) -> None:
         return training.datasets(root)
 
     def train_start(
-        data: str, name: str, base: str = DEMO, settings: dict | None = None, fresh: bool = False
+        data: str, name: str, base: str = DEMO, settings: dict | None = None, fresh: bool = False, anyway: bool = False
     ) -> dict[str, Any]:
         """Train an adapter called `name`, or go on where it was stopped. `settings` are those of
-        `python app.py train`, with underscores; what is left out takes its default."""
+        `python app.py train`, with underscores; what is left out takes its default. `anyway`: also
+        where it does not fit into memory."""
         try:
-            given = settings or {}
-            if not isinstance(given, dict) or set(given) - set(KNOWN):
-                raise UsageError(f"settings is an object with some of {', '.join(KNOWN)}.")
-            started(ui.host(), root, data, name, base, given, fresh, "en")
+            started(ui.host(), root, data, name, base, _known(settings), fresh, "en", anyway)
         except CogLoomError as error:
             raise gr.Error(sentence(error), print_exception=False) from None
         return status()
+
+    def train_estimate(base: str = DEMO, settings: dict | None = None) -> dict[str, Any]:
+        """What a training would take: bytes of memory by part, and seconds of a step at least. Nothing is loaded."""
+        try:
+            told = estimate_of(ui.host(), base, _known(settings), "en")
+        except CogLoomError as error:
+            raise gr.Error(sentence(error), print_exception=False) from None
+        return {"said": told.sentence(), "memory": dict(told.memory), "encoding": dict(told.encoding),
+                "peak": told.peak, "available": told.available, "fits": told.fits,
+                "seconds_per_step": told.seconds_per_step}  # fmt: skip
 
     def train_status() -> dict[str, Any]:
         """How the training goes: {state: idle | running | done | failed, name, step, steps, losses, validation …}."""
@@ -185,7 +211,7 @@ def _api(ui: Ui) -> None:
         training.stop()
         return status()
 
-    for function in (train_datasets, train_start, train_status, train_stop):
+    for function in (train_datasets, train_start, train_estimate, train_status, train_stop):
         gr.api(function, api_name=function.__name__, concurrency_id="look", concurrency_limit=2)
 
 
@@ -201,8 +227,8 @@ def _component(ui: Ui, name: str) -> Any:
         made = gr.Dropdown(list(CHOICES[name]), value=default, **given)
     elif name == "target_modules":
         made = gr.Dropdown(list(TARGETS), value=default, allow_custom_value=True, **given)
-    elif name in ("trigger_words", "sample_prompts"):
-        made = gr.Textbox("", max_length=2000, lines=1 if name == "trigger_words" else 2, **given)
+    elif name in (*LISTS, "sample_prompts"):
+        made = gr.Textbox("", max_length=2000, lines=1 if name in LISTS else 2, **given)
     elif isinstance(default, bool):
         made = gr.Checkbox(default, **given)
     elif default is None:  # a gr.Number without a value shows 0, which is one
@@ -215,6 +241,14 @@ def _component(ui: Ui, name: str) -> Any:
     if name in HELP:
         said["info"] = lambda language: text(f"h_{name}", language) or HELP[name]
     return ui.said(made, **said)
+
+
+def _known(settings: Any) -> dict[str, Any]:
+    """Raises UsageError."""
+    given = settings or {}
+    if not isinstance(given, dict) or set(given) - set(KNOWN):
+        raise UsageError(f"settings is an object with some of {', '.join(KNOWN)}.")
+    return given
 
 
 def _whole(name: str) -> bool:
@@ -235,10 +269,10 @@ def settings_of(values: Mapping[str, Any], language: str) -> dict[str, Any]:
         if name == "sample_prompts":  # one a line: captions have commas
             lines = value if isinstance(value, list) else str(value).splitlines()
             found[name] = [line.strip() for line in lines if str(line).strip()]
-        elif name in ("trigger_words", "target_modules"):
+        elif name in (*LISTS, "target_modules"):
             words = [str(word).strip() for word in (value if isinstance(value, list) else str(value).split(","))]
             words = [word for word in words if word]
-            found[name] = words if name == "trigger_words" or len(words) > 1 else words[0] if words else ""
+            found[name] = words if name in LISTS or len(words) > 1 else words[0] if words else ""
         elif isinstance(one.default, bool) or name in CHOICES:
             found[name] = value
         elif (number := _number(value, _whole(name))) is None:
@@ -262,8 +296,9 @@ def _number(value: Any, whole: bool) -> float | int | None:
 
 
 def started(
-    host: LocalHost, root: Path, data: Any, name: Any, base: Any, values: Mapping[str, Any], fresh: Any, language: str
-) -> training.Training:
+    host: LocalHost, root: Path, data: Any, name: Any, base: Any, values: Mapping[str, Any], fresh: Any, language: str,
+    anyway: Any = False,
+) -> training.Training:  # fmt: skip
     """Everything is checked here that can be, so that a wrong number is said at once and not by a dead process.
 
     Raises:
@@ -271,15 +306,27 @@ def started(
     """
     folder = training.dataset_at(root, data)
     given = settings_of(values, language)
-    if not isinstance(base, str) or base not in _bases(host):
-        raise UsageError(f"{str(base)[:80]!r} is not on this machine; choose one of the list.")
-    checkpoint = choose_base(host, base).checkpoint()
+    checkpoint = _base(host, base).checkpoint()
     frames, width, height = checkpoint.defaults()
     words = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     whole = Settings(**{"frames": frames, "width": width, "height": height, **words})
     checkpoint.check_geometry(whole.frames, whole.width, whole.height)
     name = name.strip() if isinstance(name, str) else ""
-    return training.start(host, folder, name, base, given, whole.steps, fresh is True)
+    return training.start(host, folder, name, base, given, whole.steps, fresh is True, anyway is True)
+
+
+def estimate_of(host: LocalHost, base: Any, values: Mapping[str, Any], language: str) -> TrainEstimate:
+    """Raises UsageError, GeometryError, ModelError."""
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in
+             settings_of(values, language).items()}  # fmt: skip
+    return train_estimate(host, _base(host, base), given)
+
+
+def _base(host: LocalHost, name: Any) -> Base:
+    """Raises UsageError: it is not of the list."""
+    if not isinstance(name, str) or name not in _bases(host):
+        raise UsageError(f"{str(name)[:80]!r} is not on this machine; choose one of the list.")
+    return choose_base(host, name, device=host.device)
 
 
 def _bases(folders: LocalHost) -> list[str]:
@@ -345,7 +392,8 @@ def progress_of(now: training.Training | None, language: str) -> dict[str, Any]:
         elif now.what == "starting":
             said = text("train_begun", language, name=name)
         else:
-            said = text("train_step", language, name=name, what=plain(now.what, 80), done=now.done, total=now.total)
+            what = errors_zh.phrase(plain(now.what, 80), language)
+            said = text("train_step", language, name=name, what=what, done=now.done, total=now.total)
         words = [said]
         if now.losses and now.what == "training":
             words.append(text("train_loss", language, loss=f"{list(now.losses.values())[-1]:.4f}"))
@@ -391,5 +439,5 @@ def told_of(now: training.Training | None, language: str) -> dict[str, Any]:
 
 def _why(now: training.Training, language: str) -> str:
     if now.error:
-        return plain(now.error)
+        return plain(errors_zh.told(now.error, language))
     return text("train_died", language, code=now.code, trail=plain(" / ".join(list(now.trail)[-3:]), 600))

@@ -57,6 +57,7 @@ def _train(host: LocalHost, job: dict[str, Any], say: Any) -> Any:
     return train(
         host, base, Path(job["data"]), job["name"], given, Path(job["out"]), job["fresh"],
         report=lambda done, total, what, extra=None: say(done=done, total=total, what=what, **(extra or {})),
+        force=job["anyway"],
     )  # fmt: skip
 
 

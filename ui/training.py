@@ -76,7 +76,8 @@ def latest() -> Training | None:
 
 
 def start(
-    host: LocalHost, data: Path, name: str, base: str, settings: dict[str, Any], steps: int, fresh: bool
+    host: LocalHost, data: Path, name: str, base: str, settings: dict[str, Any], steps: int, fresh: bool,
+    anyway: bool = False,
 ) -> Training:  # fmt: skip
     """Raises UsageError: another one is running, or a name that cannot be."""
     if not name or len(name) > 80 or any(c in name for c in '/\\:*?"<>|.\0') or name != name.strip():
@@ -102,6 +103,7 @@ def start(
     folders = ("model_folders", "lora_folders", "transformer_folders", "output_folder", "cache_folder", "input_folder")
     job = {
         "data": str(data.resolve()), "name": name, "base": base, "settings": settings, "fresh": fresh, "out": str(out),
+        "anyway": anyway,
         "device": host.device, "folders": {one: _text(getattr(host, one)) for one in folders},
     }  # fmt: skip
     for read in (_reports, _errors):
@@ -185,6 +187,13 @@ def points(values: dict[int, float], most: int = POINTS) -> list[list[float]]:
     size = -(-len(found) // most) or 1
     groups = [found[at : at + size] for at in range(0, len(found), size)]
     return [[group[-1][0], sum(value for _, value in group) / len(group)] for group in groups]
+
+
+def runs(folders: LocalHost) -> list[str]:
+    """Names in the output's training folder that have a checkpoint, the newest first."""
+    kept = (path for path in (folders.output_folder / "training").glob("*/checkpoint-*") if path.is_dir())
+    found = {path.parent.name: path.stat().st_mtime for path in kept}
+    return sorted(found, key=lambda name: -found[name])
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ const SVG = "http://www.w3.org/2000/svg";
 document.head.append(make("link", { rel: "stylesheet", href: "/cogloom/static/more.css" }));
 
 /** Draws when the part is there, when its value has changed, and when the language has. */
-function drawn({ element, props, watch }, draw) {
+export function drawn({ element, props, watch }, draw) {
   const box = element.querySelector(".cl-part");
   const now = () => draw(box, props.value);
   watch("value", now);
@@ -19,7 +19,7 @@ function drawn({ element, props, watch }, draw) {
   new MutationObserver(now).observe(document.documentElement, { attributeFilter: ["lang"] });
 }
 
-function drawing(tag, attributes = {}, ...children) {
+export function drawing(tag, attributes = {}, ...children) {
   const element = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, String(value));
   element.append(...children);
@@ -27,7 +27,7 @@ function drawing(tag, attributes = {}, ...children) {
 }
 
 /** A name of a stranger's, which must not turn the direction of what is beside it. */
-const name = (text, props = {}) => make("bdi", props, text);
+export const name = (text, props = {}) => make("bdi", props, text);
 
 // --- adapters -----------------------------------------------------------------------------------------------------------
 
@@ -79,15 +79,34 @@ export function adapter(part) {
   });
 }
 
+/** value: null, or {title, none, rows: [[depth, name, about, state]]}: a tree, each row below what it went into. */
+export function lineage(part) {
+  drawn(part, (box, value) => {
+    if (!value) return box.replaceChildren();
+    const rows = value.rows.map(([depth, file, about, state]) =>
+      make(
+        "li",
+        { dataset: { state }, style: { "--cm-depth": depth }, "aria-level": depth + 1 },
+        name(file, { class: "cm-parent" }),
+        make("span", { class: "cm-about" }, about),
+      ),
+    );
+    box.replaceChildren(
+      make("p", { class: "cm-head" }, value.title),
+      rows.length ? make("ul", { class: "cm-lineage" }, rows) : make("p", { class: "cm-said" }, value.none),
+    );
+  });
+}
+
 // --- drawings -----------------------------------------------------------------------------------------------------------
 
-const WIDTH = 640;
-const HEIGHT = 200;
-const LEFT = 52;
-const BOTTOM = 24;
+export const WIDTH = 640;
+export const HEIGHT = 200;
+export const LEFT = 52;
+export const BOTTOM = 24;
 
 /** A few round numbers from low to high. */
-function ticks(low, high, count = 4) {
+export function ticks(low, high, count = 4) {
   const rough = (high - low || 1) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
@@ -96,9 +115,9 @@ function ticks(low, high, count = 4) {
   return found;
 }
 
-const short = (number) => String(Number(number.toPrecision(3)));
+export const short = (number) => String(Number(number.toPrecision(3)));
 
-function frame(label, low, high, y) {
+export function frame(label, low, high, y) {
   const svg = drawing("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "cm-chart", role: "img", "aria-label": label });
   for (const at of ticks(low, high)) {
     svg.append(
@@ -110,7 +129,7 @@ function frame(label, low, high, y) {
 }
 
 /** The numbers behind a drawing, for who cannot see it or wants them. */
-function numbers(rows) {
+export function numbers(rows) {
   const body = rows.map(([label, value]) => make("tr", {}, make("th", { scope: "row" }, label), make("td", {}, value)));
   return make("table", { class: "cl-offscreen cm-numbers" }, make("tbody", {}, body));
 }
