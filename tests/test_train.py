@@ -72,3 +72,25 @@ def test_train_then_render(clips: Path, checkpoints: Path, tmp_path: Path, monke
 def test_unknown_settings_are_named(tiny_host: LocalHost, clips: Path):
     with pytest.raises(UsageError, match="unknown training settings: learnrate"):
         train(tiny_host, choose_base(tiny_host, "tiny-t2v"), clips, "mine", {"learnrate": 1})
+
+
+def test_the_command_says_what_it_takes_and_stops(clips: Path, checkpoints: Path, tmp_path: Path, monkeypatch, capsys):
+    for name, folder in (("MODELS", checkpoints), ("OUTPUT", tmp_path / "output"), ("CACHE", tmp_path / "cache")):
+        monkeypatch.setenv(f"COGLOOM_{name}", str(folder))
+    command = ["train", str(clips), "--name", "mine", *OPTIONS, "--qlora", "int8", "--optimiser", "adamw8bit"]
+    assert app.main([*command, "--estimate"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("Training tiny-t2v on clips of 9 frames", "the base in int8, adamw8bit", "activations", "FLOP"):
+        assert words in said
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_packed_base_and_many_sizes_from_the_command(clips: Path, checkpoints: Path, tmp_path: Path, monkeypatch):
+    for name, folder in (("MODELS", checkpoints), ("OUTPUT", tmp_path / "output"), ("CACHE", tmp_path / "cache")):
+        monkeypatch.setenv(f"COGLOOM_{name}", str(folder))
+    command = ["train", str(clips), "--name", "mine", "--out", str(tmp_path / "out"), *OPTIONS, "--steps", "2"]
+    more = ["--qlora", "int8", "--optimiser", "adamw8bit", "--buckets", "auto", "--gradient-checkpointing"]
+    assert app.main([*command, *more]) == 0
+    record = json.loads(read(tmp_path / "out" / "mine.safetensors").metadata["cogloom.training"])
+    assert (record["quantise"], record["optimiser"], record["buckets"]) == ("int8", "adamw8bit", ["auto"])
+    assert sum(record["bucket_items"].values()) == 6

@@ -76,11 +76,9 @@ def to_frames(item: Item, frames: int, height: int, width: int, fps: float | Non
     """
     import torch
 
-    from . import video
-
+    clip, rate = read_item(item, LONGEST * frames)
     if item.kind == "still":
-        return fit(_read(item.name, lambda: video.read_image(item.path))[None], height, width)
-    clip, rate = _read(item.name, lambda: video.read_video(item.path, max_frames=LONGEST * frames))
+        return fit(clip, height, width)
     if fps and rate:
         count = int(len(clip) * fps / rate + 0.5)
         pick = (torch.arange(min(max(count, 1), frames)) * (rate / fps)).round().long().clamp(max=len(clip) - 1)
@@ -94,6 +92,19 @@ def to_frames(item: Item, frames: int, height: int, width: int, fps: float | Non
         )
     short = frames - len(pick)
     return fit(clip[torch.cat([pick, pick[-1:].expand(short)])], height, width)
+
+
+def read_item(item: Item, most: int) -> tuple[Tensor, float]:
+    """A file as it is, float32 (F, H, W, 3) in [0, 1], up to `most` frames, and its frames a second, 0 of a still.
+
+    Raises:
+        DatasetError: unreadable.
+    """
+    from . import video
+
+    if item.kind == "still":
+        return _read(item.name, lambda: video.read_image(item.path))[None], 0.0
+    return _read(item.name, lambda: video.read_video(item.path, max_frames=most))
 
 
 def fit(frames: Tensor, height: int, width: int) -> Tensor:
@@ -149,13 +160,17 @@ def encode(
     cache: Path,
     firsts: bool = False,
     extra_prompts: Sequence[str] = (),
+    share: Callable[[Sequence[Any]], Sequence[Any]] = lambda jobs: jobs,
+    size_of: Callable[[Item], tuple[int, int, int]] | None = None,
     progress: Callable[[int, int, str, dict | None], None] = lambda *_: None,
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> Encoded:
     """Latents of every item and states of every caption; what the cache folder already holds is not encoded again.
 
+
     Everything is encoded one by one, so that an entry never depends on what it was batched with. `firsts` adds the
-    condition latents of image to video.
+    condition latents of image to video. `share` picks, of all that is to be encoded, what this process encodes;
+    `size_of` says the (frames, height, width) of an item where not all are of one size.
 
     Raises:
         DatasetError: an item that cannot be decoded, or latents or text states that are not numbers.
@@ -165,10 +180,13 @@ def encode(
 
     vae_hash = weights_hash(vae)
     dtype = str(vae.dtype)
-    geometry = {"frames": frames, "height": height, "width": width, "fps": fps}
+
+    def size(item: Item) -> tuple[int, int, int]:
+        return (frames, height, width) if size_of is None else size_of(item)
 
     def key(item: Item, part: str) -> Path:
         of = item.first_sha256 if part == "first" and item.first else item.sha256
+        geometry = dict(zip(("frames", "height", "width"), size(item), strict=True)) | {"fps": fps}
         given = {"part": part, "kind": item.kind, "content": of, "picture": bool(item.first) and part == "first"}
         return cache / "training" / "latents" / _key(given | geometry | {"vae": vae_hash, "dtype": dtype})
 
@@ -177,14 +195,14 @@ def encode(
 
         picture = item.first
         if picture is None:
-            return to_frames(item, frames, height, width, fps)[:1]
-        return fit(_read(f"{item.name} (its first picture)", lambda: video.read_image(picture))[None], height, width)
+            return to_frames(item, *size(item), fps)[:1]
+        return fit(_read(f"{item.name} (its first picture)", lambda: video.read_image(picture))[None], *size(item)[1:])
 
     jobs: list[tuple[str, Path, Callable[[], Tensor]]] = []
     for item in items:
 
         def latents(item: Item = item) -> Tensor:
-            return _latents(vae, to_frames(item, frames, height, width, fps))
+            return _latents(vae, to_frames(item, *size(item), fps))
 
         def first(item: Item = item) -> Tensor:
             # As a single image, which is how the pipelines encode it: the norms' statistics differ from a clip's.
@@ -201,6 +219,7 @@ def encode(
     for text, path in prompt_keys.items():
         jobs.append((f"the caption {text[:60]!r}", path, lambda text=text: encode_prompts([text])[0]))
 
+    jobs = list(share(jobs))
     with torch.no_grad():
         for done, (what, path, make) in enumerate(jobs):
             check_cancelled()

@@ -5,9 +5,7 @@
 Every random number (the adapter's first weights, which items, which captions are dropped, timesteps, noise) comes from
 one generator on the CPU. Its state is part of a checkpoint, so a resumed run goes on bit for bit where it stopped.
 
-    out/checkpoint-000050/state.safetensors     float32 adapter, the optimiser's moments, the generator's state
-    out/checkpoint-000050/state.json            step, settings, losses, what was trained on; names the hash of the first
-    out/checkpoint-000050/adapter.safetensors   the adapter so far, ready to use
+    out/checkpoint-000050/                      what `train_state` keeps: to go on from, and an adapter ready to use
     out/samples/000050-1.mp4                    clips on the way, if asked for
     out/<title>.safetensors                     the finished adapter
 
@@ -21,15 +19,16 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import train_ranks, train_state
 from .dataset import Encoded, Item, encode, fingerprint, to_frames
 from .errors import (
     Cancelled,
@@ -38,11 +37,10 @@ from .errors import (
     GeometryError,
     NotEnoughMemory,
     PlacementError,
-    ResumeError,
     UsageError,
     WrongFamily,
 )
-from .files import write_atomic
+from .train_buckets import Bucket, buckets, measure, nearest, parse
 
 if TYPE_CHECKING:
     import torch
@@ -57,14 +55,16 @@ TARGETS = {"attention": ATTENTION, "attention+ff": (*ATTENTION, "ff.net.0.proj",
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 ADAPTER = "default"  # PEFT's name for the one adapter that is trained
-STATES_KEPT = 2  # older checkpoints keep their adapter and their numbers, not the optimiser's moments
 VALIDATIONS = 8  # forwards of one validation, at least; as many as held-out items if there are more
+OPTIMISERS = ("adamw", "adamw8bit")
+QUANTISED = ("none", "int8", "nf4")
+# Settings that runs of an earlier day do not have, with the value that means what those runs did.
+ADDED: dict[str, Any] = {"quantise": "none", "buckets": ()}
 # What may differ between a checkpoint and the run that continues it: it changes no number that training computes.
 FREE = frozenset(
-    {"checkpoint_every", "validation_every", "gradient_checkpointing", "title", "trigger_words", "steps",
-     "sample_every", "sample_steps", "sample_prompts"}
+    {"checkpoint_every", "checkpoint_minutes", "validation_every", "gradient_checkpointing", "title", "trigger_words",
+     "steps", "sample_every", "sample_steps", "sample_prompts"}
 )  # fmt: skip
-STATE_VERSION = 1
 
 
 @dataclass
@@ -85,6 +85,7 @@ class TrainableBase:
     task: Literal["t2v", "i2v"]
     max_text_length: int
     encoder_hash: str = ""
+    encoders_done: Callable[[], None] = lambda: None  # everything is encoded: let the text encoder go
 
     @property
     def spatial(self) -> int:
@@ -122,12 +123,15 @@ class Settings:
     seed: int = 0
     mixed_precision: str = "bf16"
     gradient_checkpointing: bool = False
-    checkpoint_every: int = 100  # optimiser steps; 0: only at the end or when stopped
+    checkpoint_every: int | None = None  # optimiser steps; None: 5 to 10 in all, as `train_state` plans; 0: the last
+    checkpoint_minutes: float = 10.0  # one to go on from after so much time, besides; 0: none
     validation_every: int = 100  # optimiser steps; 0: only before and after
     validation_items: int | None = None  # held out; None: a tenth, at most 16; 0: none, and training items measure
     sample_every: int = 0  # optimiser steps between clips on the way; 0: none
     sample_steps: int = 20  # denoising steps of such a clip
     sample_prompts: tuple[str, ...] = ()  # what they show; none: captions of clips that are held out
+    quantise: str = "none"  # the base's weights while it is trained on: none, int8 (torchao), nf4 (bitsandbytes)
+    buckets: tuple[str, ...] = ()  # sizes besides width x height and frames, WxH or WxHxF, or auto; none: one size
     title: str = ""
     trigger_words: tuple[str, ...] = ()
 
@@ -136,7 +140,7 @@ class Settings:
             object.__setattr__(self, "alpha", float(self.rank))
         if isinstance(self.target_modules, list):  # from JSON
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        for name in ("trigger_words", "sample_prompts"):
+        for name in ("trigger_words", "sample_prompts", "buckets"):
             if isinstance(getattr(self, name), (list, tuple)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, low, high in (
@@ -152,6 +156,8 @@ class Settings:
             ("sample_steps", 1, 1000),
         ):
             value = getattr(self, name)
+            if name == "checkpoint_every" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise UsageError(f"{name} is {value!r}; give a whole number from {low} to {high}.")
         for name, low, high in (
@@ -160,6 +166,7 @@ class Settings:
             ("weight_decay", 0.0, 10.0),
             ("max_grad_norm", 1e-6, 1e6),
             ("caption_dropout", 0.0, 1.0),
+            ("checkpoint_minutes", 0.0, 1e6),
             ("timestep_power", 0.05, 20.0),
         ):
             value = getattr(self, name)
@@ -175,8 +182,9 @@ class Settings:
             )
         for name, value, legal in (
             ("lr_schedule", self.lr_schedule, SCHEDULES),
-            ("optimiser", self.optimiser, ("adamw",)),
+            ("optimiser", self.optimiser, OPTIMISERS),
             ("mixed_precision", self.mixed_precision, PRECISIONS),
+            ("quantise", self.quantise, QUANTISED),
         ):
             if value not in legal:
                 raise UsageError(f"{name} is {value!r}; choose one of {', '.join(legal)}.")
@@ -192,6 +200,7 @@ class Settings:
                 f"target_modules is {self.target_modules!r}; choose {' or '.join(TARGETS)}, "
                 "or list endings of module names."
             )
+        parse(self.buckets, self.frames)
         if not self.targets or not all(isinstance(t, str) and t for t in self.targets):
             raise UsageError("target_modules is empty; name at least one ending, such as to_q.")
 
@@ -220,14 +229,17 @@ def train(
     progress: Progress = lambda *_: None,
     check_cancelled: Callable[[], None] = lambda: None,
     resume: bool = True,
+    start: Path | None = None,
 ) -> Result:
     """Train an adapter and write `out/<title>.safetensors`, checkpoints beside it. `cache` holds latents and captions.
 
     With `resume` the newest whole checkpoint in `out` is continued; without, the checkpoints there are moved to
-    `out/previous-<n>/` and training starts anew. `base.transformer` ends as it came, without an adapter.
+    `out/previous-<n>/` and training starts anew. `base.transformer` ends as it came, without an adapter. `start` is an
+    adapter to begin with in place of a fresh one; it becomes the new one's parent, by its hash.
 
     Raises:
-        UsageError, GeometryError, WrongFamily: settings that do not fit the base.
+        UsageError, GeometryError, WrongFamily: settings that do not fit the base, or `start`.
+        AdapterNotFound, AdapterUnreadable: `start`.
         DatasetError: no items of a kind that is asked for, or one that cannot be read.
         ResumeError: the newest checkpoint belongs to another run.
         NotEnoughMemory: while training; checkpoints stay as they were.
@@ -238,38 +250,83 @@ def train(
 
     out, cache = Path(out), Path(cache)
     plan = _plan(base, items, settings)
-    out.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
-    if not resume:
-        _set_aside(out)
+    ranks = train_ranks.join()
+    train_ranks.share(settings.batch_size, settings.gradient_accumulation, ranks)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        train_state.sweep(out)
+        if not resume:
+            train_state.set_aside(out)
+    else:
+        progress = _silent
+    ranks.wait()
     identity = _identity(base, items, settings)
-    saved = _newest(out)
+    parent = train_state.parent_of(start) if start else None
+    if parent:
+        identity["settings"]["start_from"] = parent["sha256"]
+    saved = train_state.newest(out)
     if saved is not None:
-        _check_resumable(saved, identity, settings)
+        train_state.check_resumable(saved, identity, settings.steps, settings.lr_schedule)
+    sizes = _sizes(base, plan, settings, cache, check_cancelled)
+    size_of = None if sizes is None else (lambda item: _shape(sizes[item.name]))
     # Nodes run in ComfyUI's inference mode, under which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
-        encoded = encode(
-            [*plan.training, *plan.held_out],
-            frames=settings.frames,
-            height=settings.height,
-            width=settings.width,
-            fps=settings.fps,
-            vae=base.vae,
-            encode_prompts=base.encode_prompts,
-            encoder_hash=f"{base.encoder_hash or base.base_hash} {base.max_text_length}",
-            cache=cache,
-            firsts=base.task == "i2v",
-            extra_prompts=_extra_prompts(settings),
-            progress=progress,
-            check_cancelled=check_cancelled,
-        )
+        with _encoders(base) as encode_prompts:
+            encoded = encode(
+                [*plan.training, *plan.held_out],
+                frames=settings.frames,
+                height=settings.height,
+                width=settings.width,
+                fps=settings.fps,
+                vae=base.vae,
+                encode_prompts=encode_prompts,
+                encoder_hash=f"{base.encoder_hash or base.base_hash} {base.max_text_length}",
+                cache=cache,
+                firsts=base.task == "i2v",
+                extra_prompts=_extra_prompts(settings),
+                share=ranks.mine,
+                size_of=size_of,
+                progress=progress,
+                check_cancelled=check_cancelled,
+            )
+        ranks.wait()
         with (
             enough_memory(lambda _: _too_large(settings)),
-            _Trainer(base, plan, encoded, settings, out, identity) as trainer,
+            _Trainer(base, plan, encoded, settings, out, identity, ranks, sizes) as trainer,
         ):
+            trainer.parent = parent
             if saved is not None:
                 trainer.restore(saved)
+            elif start:
+                train_state.begin_with(start, trainer.params, trainer.targets, trainer.scale)
             return trainer.run(progress, check_cancelled)
+
+
+def _silent(*_: Any) -> None:
+    """The first of several processes speaks for all."""
+
+
+@contextlib.contextmanager
+def _encoders(base: TrainableBase) -> Iterator[Callable[[list[str]], Tensor]]:
+    """The autoencoder on the GPU while it is needed, and away from it before the text encoder comes; after that both
+    let go. The transformer is not there yet."""
+    import torch
+
+    home = base.vae.device
+    gpu = torch.cuda.is_available()
+
+    def encode_prompts(texts: list[str]) -> Tensor:
+        base.vae.to(home)
+        return base.encode_prompts(texts)
+
+    base.vae.to("cuda" if gpu else home)
+    try:
+        yield encode_prompts
+    finally:
+        base.vae.to(home)
+        base.encoders_done()
+        if gpu:
+            torch.cuda.empty_cache()
 
 
 def _extra_prompts(settings: Settings) -> tuple[str, ...]:
@@ -279,6 +336,38 @@ def _extra_prompts(settings: Settings) -> tuple[str, ...]:
 
 
 # --- the plan: pure, before anything is loaded or written ---
+
+
+def all_sizes(settings: Settings, config: Mapping[str, Any], spatial: int) -> tuple[Bucket, ...]:
+    """The sizes of a training, that of the settings first. `config` is the transformer's, `spatial` pixels per latent.
+
+    Raises:
+        UsageError, GeometryError
+    """
+    main = Bucket(settings.frames, settings.height, settings.width)
+    newer = config.get("patch_size_t")
+    if config.get("use_learned_positional_embeddings"):  # auto finds nothing else, and what is named is refused
+        return (main, *parse(settings.buckets, settings.frames))
+    largest = (config["sample_width"] * spatial, config["sample_height"] * spatial) if newer else None
+    return buckets(settings.buckets, main, spatial * config["patch_size"], 16 if newer else 8, largest)
+
+
+def _sizes(
+    base: TrainableBase, plan: _Plan, settings: Settings, cache: Path, check_cancelled: Callable[[], None]
+) -> dict[str, Bucket] | None:
+    """The size of each item, by its name; None where all are of one. Raises DatasetError, Cancelled."""
+    if not settings.buckets:
+        return None
+    among = all_sizes(settings, base.transformer.config, base.spatial)
+    longest = max(bucket.frames for bucket in among)
+    return {
+        item.name: nearest(among, measure(item, longest, settings.fps, cache, check_cancelled), item.kind == "still")
+        for item in (*plan.training, *plan.held_out)
+    }
+
+
+def _shape(bucket: Bucket) -> tuple[int, int, int]:
+    return bucket.frames, bucket.height, bucket.width
 
 
 @dataclass(frozen=True)
@@ -295,23 +384,24 @@ def _plan(base: TrainableBase, items: Sequence[Item], settings: Settings) -> _Pl
     """Check everything that can be checked without decoding, and split the items."""
     config = base.transformer.config
     unit = base.spatial * config.patch_size
-    if settings.height % unit or settings.width % unit:
-        near = [max(unit, unit * round(side / unit)) for side in (settings.width, settings.height)]
-        raise GeometryError(
-            f"{base.name} cannot train at {settings.width}x{settings.height}: sides are multiples of {unit}; "
-            f"the nearest size is {near[0]}x{near[1]}."
-        )
     largest = config.sample_width * base.spatial, config.sample_height * base.spatial
-    if config.use_learned_positional_embeddings and (settings.width, settings.height) != largest:
-        raise GeometryError(
-            f"{base.name} has learned positions for {largest[0]}x{largest[1]} alone; "
-            f"{settings.width}x{settings.height} cannot be trained."
-        )
-    if config.patch_size_t and (settings.width > largest[0] or settings.height > largest[1]):
-        raise GeometryError(
-            f"{base.name} has positions for up to {largest[0]}x{largest[1]}; "
-            f"{settings.width}x{settings.height} cannot be trained."
-        )
+    for size in all_sizes(settings, config, base.spatial):
+        if size.height % unit or size.width % unit:
+            near = [max(unit, unit * round(side / unit)) for side in (size.width, size.height)]
+            raise GeometryError(
+                f"{base.name} cannot train at {size.width}x{size.height}: sides are multiples of {unit}; "
+                f"the nearest size is {near[0]}x{near[1]}."
+            )
+        if config.use_learned_positional_embeddings and (size.width, size.height) != largest:
+            raise GeometryError(
+                f"{base.name} has learned positions for {largest[0]}x{largest[1]} alone; "
+                f"{size.width}x{size.height} cannot be trained."
+            )
+        if config.patch_size_t and (size.width > largest[0] or size.height > largest[1]):
+            raise GeometryError(
+                f"{base.name} has positions for up to {largest[0]}x{largest[1]}; "
+                f"{size.width}x{size.height} cannot be trained."
+            )
     channels = base.vae.config.latent_channels * (2 if base.task == "i2v" else 1)
     if config.in_channels != channels:
         raise WrongFamily(
@@ -323,7 +413,7 @@ def _plan(base: TrainableBase, items: Sequence[Item], settings: Settings) -> _Pl
         raise WrongFamily(
             f"{base.name} predicts {prediction!r}; only v_prediction is trained, as all CogVideoX bases do."
         )
-    _target_modules(base, settings)
+    target_modules(base.transformer, base.name, settings)
 
     names = [item.name for item in items]
     if len(set(names)) != len(names):
@@ -373,17 +463,17 @@ def _split(items: Sequence[Item], settings: Settings) -> tuple[list[Item], list[
     return [item for item in items if item.name not in names], held_out
 
 
-def _target_modules(base: TrainableBase, settings: Settings) -> tuple[str, ...]:
-    """Paths of the linears that get an adapter; every ending has to find one."""
+def target_modules(transformer: Any, base: str, settings: Settings) -> tuple[str, ...]:
+    """Paths of the linears that get an adapter; every ending has to find one. Raises UsageError."""
     import torch
 
-    linears = [name for name, module in base.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     found: list[str] = []
     for target in settings.targets:
         hits = [name for name in linears if name == target or name.endswith(f".{target}")]
         if not hits:
             raise UsageError(
-                f"target_modules: {target!r} is the ending of none of the {len(linears)} linear layers of {base.name}; "
+                f"target_modules: {target!r} is the ending of none of the {len(linears)} linear layers of {base}; "
                 f"try {', '.join(TARGETS['attention+ff'])}."
             )
         found += hits
@@ -391,8 +481,9 @@ def _target_modules(base: TrainableBase, settings: Settings) -> tuple[str, ...]:
 
 
 def _identity(base: TrainableBase, items: Sequence[Item], settings: Settings) -> dict[str, Any]:
-    """What has to be equal for a checkpoint to be continued."""
+    """What has to be equal for a checkpoint to be continued. A setting that came later counts when it is used."""
     chosen = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    chosen = {name: value for name, value in chosen.items() if name not in ADDED or value != ADDED[name]}
     return {"base": base.base_hash, "data": fingerprint(items), "task": base.task, "settings": _plain(chosen)}
 
 
@@ -459,11 +550,8 @@ def rotary(config: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
     return cos, sin
 
 
-# --- the run ---
-
-
 @dataclass
-class _Batch:
+class Batch:
     """Everything one forward needs, on the device."""
 
     x0: Tensor  # (B, F, C, h, w), scaled
@@ -473,17 +561,30 @@ class _Batch:
     timesteps: Tensor  # (B,), int64
 
 
-@dataclass
-class _Saved:
-    """A whole checkpoint, read and checked."""
+def batch_loss(model: Callable[..., Any], config: Any, signal: Tensor, dtype: torch.dtype, batch: Batch) -> Tensor:
+    """The loss of every sample of a batch: float32 (B,). `config` is the transformer's, `signal` ᾱ at every timestep;
+    what goes into `model` is of `dtype`."""
+    import torch
 
-    folder: Path
-    state: dict[str, Any]
-    tensors: dict[str, Tensor] = field(repr=False)
+    a = signal[batch.timesteps]
+    wide = a.view(-1, 1, 1, 1, 1)
+    x = wide.sqrt() * batch.x0 + (1 - wide).sqrt() * batch.noise
+    if batch.condition is not None:
+        x = torch.cat([x, batch.condition], dim=2)
+    x = x.to(dtype)
+    ofs = x.new_full((1,), 2.0) if config.ofs_embed_dim is not None else None
+    predicted = model(
+        hidden_states=x,
+        encoder_hidden_states=batch.states.to(dtype),
+        timestep=batch.timesteps,
+        ofs=ofs,
+        image_rotary_emb=rotary(config, x),
+        return_dict=False,
+    )[0]
+    return velocity_loss(predicted, batch.x0, batch.noise, a)
 
-    @property
-    def step(self) -> int:
-        return self.state["step"]
+
+# --- the run ---
 
 
 class _Trainer:
@@ -497,15 +598,23 @@ class _Trainer:
         settings: Settings,
         out: Path,
         identity: dict[str, Any],
+        ranks: train_ranks.Ranks | None = None,
+        sizes: dict[str, Bucket] | None = None,
     ) -> None:
         self.base, self.plan, self.encoded, self.settings, self.out = base, plan, encoded, settings, out
+        self.ranks, self.sizes = ranks or train_ranks.Ranks(), sizes
+        self.share = train_ranks.share(settings.batch_size, settings.gradient_accumulation, self.ranks)
         self.identity = identity
         self.step = 0
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
         self.clips_seen = self.stills_seen = 0
         self.seconds = 0.0
+        self.parent: dict[str, Any] | None = None  # the adapter that it began with
         self.saved_at: int | None = None
+        self.saved_when = time.monotonic()
+        self.jumped_at = -train_state.APART  # step
+        self.boundary: tuple[Tensor, int, int] | None = None  # the generator and what was seen, after the last step
         self.undo = contextlib.ExitStack()
 
     def __enter__(self) -> _Trainer:
@@ -524,6 +633,8 @@ class _Trainer:
         from diffusers.optimization import get_scheduler
         from peft import LoraConfig
 
+        from .train_quant import make_optimiser, quantise
+
         settings, transformer = self.settings, self.base.transformer
         self.accelerator = self._accelerator()
         self.device = self.accelerator.device
@@ -532,10 +643,15 @@ class _Trainer:
         self.signal = signal_levels(self.base.scheduler_config).to(self.device)
 
         # Dropout would draw from the global generator; the released bases have none.
-        transformer.requires_grad_(False).eval().to(self.device)
-        self.targets = _target_modules(self.base, settings)
+        transformer.requires_grad_(False).eval()
+        quantise(transformer, settings.quantise, self.device)
+        transformer.to(self.device)
+        self.targets = target_modules(self.base.transformer, self.base.name, settings)
         config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(self.targets))  # pyright: ignore[reportArgumentType]
-        with torch.random.fork_rng(devices=[]):  # PEFT draws A from the global generator; `_initialise` redraws it
+        # PEFT draws A from the global generator; `_initialise` redraws it. Of packed layers it says that it could not
+        # merge into them, which nobody asks of it.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass.*")
             transformer.add_adapter(config, adapter_name=ADAPTER)
         self.undo.callback(self._remove_adapter)
         self.params = {name: p for name, p in sorted(transformer.named_parameters()) if p.requires_grad}
@@ -544,8 +660,8 @@ class _Trainer:
             transformer.enable_gradient_checkpointing()
             self.undo.callback(transformer.disable_gradient_checkpointing)
 
-        self.optimiser = torch.optim.AdamW(
-            self.params.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        self.optimiser = make_optimiser(
+            settings.optimiser, self.params.values(), settings.learning_rate, settings.weight_decay
         )
         constant = settings.lr_schedule == "constant"
         self.schedule = get_scheduler(
@@ -555,7 +671,9 @@ class _Trainer:
             num_training_steps=settings.steps,
         )
         own_forward = transformer.__dict__.get("forward")
-        self.model, self.stepper = self.accelerator.prepare(transformer, self.optimiser)
+        # Not wrapped for many processes: see `train_ranks`.
+        self.model = self.accelerator.prepare_model(transformer, evaluation_mode=self.ranks.count > 1)
+        self.stepper = self.accelerator.prepare_optimizer(self.optimiser)
         self.undo.callback(self._restore_forward, own_forward)
 
     def _accelerator(self) -> Any:
@@ -580,14 +698,14 @@ class _Trainer:
         self.undo.callback(forget)
         accelerator = Accelerator(
             mixed_precision=precision,
-            gradient_accumulation_steps=self.settings.gradient_accumulation,
+            gradient_accumulation_steps=self.share.turns,
             cpu=not gpu,
             step_scheduler_with_optimizer=False,
         )
-        if accelerator.num_processes > 1:
+        if accelerator.num_processes != self.ranks.count:
             raise PlacementError(
-                f"Training runs in one process and accelerate started {accelerator.num_processes}; "
-                "start it without a launcher."
+                f"accelerate sees {accelerator.num_processes} processes and {self.ranks.count} were started; start "
+                "them with `accelerate launch --multi_gpu --num_processes N`, or one without a launcher."
             )
         return accelerator
 
@@ -602,6 +720,10 @@ class _Trainer:
         else:
             transformer.__dict__["forward"] = own_forward
 
+    @property
+    def scale(self) -> float:
+        return (self.settings.alpha or self.settings.rank) / self.settings.rank
+
     def _initialise(self) -> None:
         """A as PEFT draws it (Kaiming, a = √5), B zero; float32 whatever the base's dtype is."""
         import torch
@@ -614,13 +736,16 @@ class _Trainer:
 
     # one step
 
-    def _draw(self) -> _Batch:
+    def _draw(self) -> Batch:
         """The next batch: all stills or all clips."""
         import torch
 
         settings, generator = self.settings, self.generator
         kind = "still" if torch.rand((), generator=generator).item() < self.plan.image_ratio else "clip"
         pool, size = self.plan.of(kind), settings.batch_size
+        if self.sizes is not None:  # as often as there are items of that size; a batch is of one size
+            drawn = self.sizes[pool[int(torch.randint(0, len(pool), (), generator=generator))].name]
+            pool = tuple(item for item in pool if self.sizes[item.name] == drawn)
         if size <= len(pool):
             pick = torch.randperm(len(pool), generator=generator)[:size]
         else:
@@ -633,11 +758,21 @@ class _Trainer:
             self.stills_seen += size
         else:
             self.clips_seen += size
-        return self._batch(chosen, captions, timesteps, generator)
+        return self._batch(chosen, captions, timesteps, generator, self.share.rows)
 
-    def _batch(self, items: Sequence[Item], captions: Sequence[str], timesteps: Tensor, generator: Any) -> _Batch:
+    def _batch(
+        self,
+        items: Sequence[Item],
+        captions: Sequence[str],
+        timesteps: Tensor,
+        generator: Any,
+        rows: slice = slice(None),
+    ) -> Batch:
+        """Of these items the `rows` that this process computes. The noise of all is drawn."""
         import torch
 
+        count, timesteps = len(items), timesteps[rows]
+        items, captions = items[rows], captions[rows]
         vae, p_t = self.base.vae.config, self.base.transformer.config.patch_size_t
         x0 = torch.stack([self.encoded.latents(item) for item in items]).float()
         x0 = pad_latents(x0 * vae.scaling_factor, p_t)
@@ -649,9 +784,9 @@ class _Trainer:
             first = first / vae.scaling_factor if inverted else first * vae.scaling_factor
             condition = torch.cat([first, first.new_zeros(len(first), x0.shape[1] - 1, *first.shape[2:])], dim=1)
         # Drawn on the CPU, so that a run draws the same noise on every machine.
-        noise = torch.randn(x0.shape, generator=generator)
+        noise = torch.randn((count, *x0.shape[1:]), generator=generator)[rows]
         states = torch.stack([self.encoded.prompt(text) for text in captions])
-        return _Batch(
+        return Batch(
             x0.to(self.device),
             None if condition is None else condition.to(self.device),
             states.to(self.device),
@@ -659,40 +794,26 @@ class _Trainer:
             timesteps.to(self.device),
         )
 
-    def _loss(self, batch: _Batch) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         """(B,), float32."""
-        import torch
-
-        a = self.signal[batch.timesteps]
-        wide = a.view(-1, 1, 1, 1, 1)
-        x = wide.sqrt() * batch.x0 + (1 - wide).sqrt() * batch.noise
-        if batch.condition is not None:
-            x = torch.cat([x, batch.condition], dim=2)
-        x = x.to(self.dtype)
-        ofs = x.new_full((1,), 2.0) if self.base.transformer.config.ofs_embed_dim is not None else None
-        predicted = self.model(
-            hidden_states=x,
-            encoder_hidden_states=batch.states.to(self.dtype),
-            timestep=batch.timesteps,
-            ofs=ofs,
-            image_rotary_emb=rotary(self.base.transformer.config, x),
-            return_dict=False,
-        )[0]
-        return velocity_loss(predicted, batch.x0, batch.noise, a)
+        return batch_loss(self.model, self.base.transformer.config, self.signal, self.dtype, batch)
 
     def _optimise(self, check_cancelled: Callable[[], None]) -> float:
         """One optimiser step over `gradient_accumulation` batches; the mean loss."""
         total = 0.0
-        for _ in range(self.settings.gradient_accumulation):
-            check_cancelled()
+        for _ in range(self.share.turns):
+            self.ranks.agree(check_cancelled)
             with self.accelerator.accumulate(self.model):
-                loss = self._loss(self._draw()).mean()
-                value = loss.item()
+                batch = [self._draw() for _ in range(self.share.every)][self.share.which]
+                loss = self._loss(batch).mean()
+                value = self.ranks.sum(loss.item()) / self.ranks.count
                 if not math.isfinite(value):
                     raise self._diverged(f"The loss is {value}")
                 total += value
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
+                    self.ranks.average(self.params.values())
+                    self._watch(total / self.share.turns)
                     norm = self.accelerator.clip_grad_norm_(list(self.params.values()), self.settings.max_grad_norm)
                     # In fp16 the scaler skips such a step and lowers its scale.
                     if self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
@@ -700,7 +821,20 @@ class _Trainer:
                 self.stepper.step()
                 self.stepper.zero_grad()
         self.schedule.step()
-        return total / self.settings.gradient_accumulation
+        return total / self.share.turns
+
+    def _watch(self, loss: float) -> None:
+        """A step's loss, before the optimiser acts on it: what was before a jump is kept."""
+        if self.validation and train_state.exploded([*self.losses, loss], self.validation[0][1]):
+            raise self._diverged(
+                f"The loss is {loss:.3g}, and most of the last {train_state.LONG} are over {train_state.TIMES:g} times "
+                f"the base's {self.validation[0][1]:.3g}"
+            )
+        planned = self.settings.checkpoint_every is None
+        far = self.step - self.jumped_at >= train_state.APART
+        if planned and far and self.step and train_state.jumped(self.losses, loss):
+            self.jumped_at = self.step
+            self.save((train_state.JUMP,))
 
     def _validate(self, check_cancelled: Callable[[], None]) -> float:
         """Mean loss at noise and timesteps that are the same every time, so that two values can be compared."""
@@ -713,11 +847,13 @@ class _Trainer:
         total = 0.0
         with torch.no_grad():
             for i in range(count):
-                check_cancelled()
+                self.ranks.agree(check_cancelled)
                 item = items[i % len(items)]
                 timestep = torch.tensor([int((i + 0.5) * levels / count)])
-                total += self._loss(self._batch([item], [item.caption], timestep, generator)).item()
-        value = total / count
+                batch = self._batch([item], [item.caption], timestep, generator)
+                if i % self.ranks.count == self.ranks.index:
+                    total += self._loss(batch).item()
+        value = self.ranks.sum(total) / count
         if not math.isfinite(value):
             raise self._diverged(f"The validation loss is {value}")
         return value
@@ -753,17 +889,24 @@ class _Trainer:
             video.write_video(frames, path, settings.fps or 8.0, tags)
             progress(self.step, settings.steps, "training", {"sample": str(path)})
 
+    def _rates(self) -> list[float]:
+        """Of the next step. torchao's optimiser keeps them in tensors."""
+        return [float(rate) for rate in self.schedule.get_last_lr()]
+
     def _diverged(self, what: str) -> Diverged:
         if self.step == 0 and not self.losses:
             return Diverged(
                 f"{what} before the first step: the base itself does not compute in {self.settings.mixed_precision} "
                 f"on {self.device}; choose another mixed_precision, or load it in float32."
             )
-        last = _newest(self.out)
-        good = f"The last good checkpoint is {last.folder} (step {last.step})" if last else "There is no checkpoint yet"
+        base = self.validation[0][1] if self.validation else math.inf
+        last = train_state.last_good(self.out, self.losses, base)
+        good = "There is no checkpoint yet"
+        if last:
+            good = f"The last good checkpoint is {last} (step {train_state.step_of(last)})"
         return Diverged(
             f"{what} at step {self.step + 1} of {self.settings.steps}. {good}; nothing was overwritten. "
-            f"Lower the learning rate (it is {self.schedule.get_last_lr()[0]:g}) or warm up longer, in another folder."
+            f"Lower the learning rate (it is {self._rates()[0]:g}) or warm up longer, in another folder."
         )
 
     # the loop
@@ -771,119 +914,104 @@ class _Trainer:
     def run(self, progress: Progress, check_cancelled: Callable[[], None]) -> Result:
         settings = self.settings
         started = time.monotonic() - self.seconds
-        boundary = self.generator.get_state(), self.clips_seen, self.stills_seen
         try:
             while True:
-                boundary = self.generator.get_state(), self.clips_seen, self.stills_seen
+                self.boundary = self.generator.get_state(), self.clips_seen, self.stills_seen
                 last = self.step == settings.steps
                 recorded = bool(self.validation) and self.validation[-1][0] == self.step
                 if not recorded and (self.step == 0 or last or _due(self.step, settings.validation_every)):
                     self.validation.append((self.step, self._validate(check_cancelled)))
                     progress(self.step, settings.steps, "training", {"validation": self.validation[-1][1]})
                 self.seconds = time.monotonic() - started
-                if self.step and (last or _due(self.step, settings.checkpoint_every)):
-                    self.save(boundary)
-                if settings.sample_every and (self.step == 0 or last or _due(self.step, settings.sample_every)):
-                    self._sample(progress, check_cancelled)
+                if why := self._why(validated=not recorded):
+                    self.save(why)
+                sampled = settings.sample_every and (self.step == 0 or last or _due(self.step, settings.sample_every))
+                if sampled and self.ranks.first:  # the others wait, and stop with it after it
+                    self._sample(progress, check_cancelled if self.ranks.count == 1 else _silent)
                 if last:
                     break
-                check_cancelled()
+                self.ranks.agree(check_cancelled)
                 loss = self._optimise(check_cancelled)
                 self.losses.append(loss)
                 self.step += 1
-                rate = self.schedule.get_last_lr()[0]
-                progress(self.step, settings.steps, "training", {"loss": loss, "learning_rate": rate})
+                shown = {"loss": loss, "learning_rate": self._rates()[0]}
+                progress(self.step, settings.steps, "training", shown)
         except Cancelled as stopped:
             if not self.step:
                 raise
             self.seconds = time.monotonic() - started
-            self.save(boundary)
+            self.save((train_state.STOPPED,))
             raise Cancelled(
-                f"Stopped at step {self.step} of {settings.steps}. The checkpoint {self._folder()} is whole; "
-                "start the same training again to continue."
+                f"Stopped at step {self.step} of {settings.steps}. The checkpoint "
+                f"{train_state.folder_of(self.out, self.step)} is whole; start the same training again to continue."
             ) from stopped
         path = self.out / f"{_slug(settings.title) or _slug(self.out.name) or 'adapter'}.safetensors"
-        self._write_adapter(path)
+        if self.ranks.first:
+            self._write_adapter(path)
+        self.ranks.wait()
         return Result(path, self.step, tuple(self.losses), tuple(self.validation), self.seconds)
 
     # files
 
-    def _folder(self) -> Path:
-        return self.out / f"checkpoint-{self.step:06d}"
+    def _why(self, validated: bool) -> tuple[str, ...]:
+        """Why this step is saved; empty: it is not."""
+        settings, step = self.settings, self.step
+        if step == 0:
+            return ()
+        if settings.checkpoint_every is not None:
+            why = (train_state.LAST,) if step == settings.steps else ()
+            why += (train_state.ASKED,) if _due(step, settings.checkpoint_every) else ()
+        else:
+            why = train_state.planned(step, settings.steps)
+            at, loss = self.validation[-1]
+            if validated and at == step and loss < min((value for _, value in self.validation[:-1]), default=math.inf):
+                why += (train_state.BEST,)
+        late = time.monotonic() - self.saved_when >= 60 * settings.checkpoint_minutes > 0
+        return why or ((train_state.TIME,) if late else ())
 
-    def save(self, boundary: tuple[Tensor, int, int]) -> None:
-        """A checkpoint of the last whole step, written aside and renamed: a kill leaves whole ones only."""
-        from safetensors.torch import save
-
+    def save(self, why: tuple[str, ...]) -> None:
+        """A checkpoint of the last whole step, and of those before it what stays."""
         if self.saved_at == self.step:
+            for one in why if self.ranks.first else ():
+                train_state.add_reason(self.out, self.step, one)
             return
         if not all(parameter.isfinite().all() for parameter in self.params.values()):
             raise self._diverged("The adapter holds values that are not numbers")
-        rng, clips_seen, stills_seen = boundary
-        tensors = {"rng": rng}
-        for name, parameter in self.params.items():
-            tensors[f"param.{name}"] = parameter.detach()
-            for key, value in self.optimiser.state[parameter].items():
-                tensors[f"{key}.{name}"] = value.detach()
-        # Cloned: tensors that share memory are refused, and on the CPU .cpu() is no copy.
-        data = save({name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()})
+        assert self.boundary is not None
+        rng, clips_seen, stills_seen = self.boundary
+        ahead = self.clips_seen, self.stills_seen  # by the batches of a step that was begun
+        self.clips_seen, self.stills_seen = clips_seen, stills_seen
         scaler = self.accelerator.scaler
         state = {
-            "version": STATE_VERSION,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "step": self.step,
             "steps": self.settings.steps,
             "identity": self.identity,
-            "learning_rates": self.schedule.get_last_lr(),
+            "learning_rates": self._rates(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "losses": self.losses,
             "validation": self.validation,
             "clips_seen": clips_seen,
             "stills_seen": stills_seen,
             "seconds": self.seconds,
+            "training": self._record(),
         }
-        final = self._folder()
-        part = self.out / f".{final.name}-{os.getpid()}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            write_atomic(part / "state.safetensors", data)
-            write_atomic(part / "state.json", json.dumps(state, indent=1).encode())
-            self._write_adapter(part / "adapter.safetensors")
-            if final.exists():  # an earlier run that was cancelled here, or one whose moments were let go
-                shutil.rmtree(final)
-            os.replace(part, final)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        self.saved_at = self.step
-        for folder in _checkpoints(self.out)[STATES_KEPT:]:
-            (folder / "state.safetensors").unlink(missing_ok=True)
+        self.saved_at, self.saved_when = self.step, time.monotonic()
+        if self.ranks.first:
+            tensors = train_state.tensors_of(self.params, self.optimiser, rng)
+            train_state.save(self.out, self.step, tensors, state, self._write_adapter, why)
+            train_state.settle(self.out, self.step)
+        self.clips_seen, self.stills_seen = ahead
 
-    def restore(self, saved: _Saved) -> None:
-        """Continue from a checkpoint that fits (see `_check_resumable`)."""
-        state, tensors = saved.state, saved.tensors
-        # Only a skipped fp16 step leaves the moments out.
-        kinds = ["param", *(k for k in ("exp_avg", "exp_avg_sq") if any(name.startswith(f"{k}.") for name in tensors))]
-        expected = {f"{kind}.{name}": (p.shape, p.dtype) for kind in kinds for name, p in self.params.items()}
-        found = {name: (t.shape, t.dtype) for name, t in tensors.items() if name.partition(".")[0] in kinds}
-        if expected != found or not all(tensors[name].isfinite().all() for name in found):
-            raise ResumeError(
-                f"{saved.folder} holds {len(found)} tensors, not the {len(expected)} finite float32 ones of this "
-                "training; train into another folder, or start anew (--fresh)."
-            )
-        for name, parameter in self.params.items():
-            parameter.data.copy_(tensors[f"param.{name}"])
-            if "exp_avg" in kinds:
-                self.optimiser.state[parameter] = {
-                    "step": tensors[f"step.{name}"],  # stays on the CPU, as AdamW makes it
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(self.device),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device),
-                }
-        self.generator.set_state(tensors["rng"])
+    def restore(self, saved: train_state.Saved) -> None:
+        """Continue from a checkpoint that fits (see `train_state.check_resumable`)."""
+        from .train_quant import set_rate
+
+        state = saved.state
+        train_state.restore_tensors(saved, self.params, self.optimiser)
+        self.generator.set_state(saved.tensors["rng"])
         # The schedule is a function of the step alone.
         self.schedule.last_epoch = state["step"]
         self.schedule._last_lr = list(state["learning_rates"])
-        for group, rate in zip(self.optimiser.param_groups, state["learning_rates"], strict=True):
-            group["lr"] = rate
+        set_rate(self.optimiser, state["learning_rates"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.saved_at = state["step"], state["step"]
@@ -901,13 +1029,14 @@ class _Trainer:
         modules = {target: (side(target, "A"), side(target, "B")) for target in self.targets}
         lora_file.write(path, modules, self.settings.alpha or self.settings.rank, self._metadata())
 
-    def _metadata(self) -> dict[str, str]:
+    def _record(self) -> dict[str, Any]:
+        """What was trained on what, and how far it is."""
         base, settings, plan = self.base, self.settings, self.plan
         counts = {kind: len(plan.of(kind)) for kind in ("clip", "still")}
-        training = {
+        return {
             "base": base.name,
             "base_hash": base.base_hash,
-            "parent": None,
+            "parent": self.parent,
             "task": base.task,
             "data": self.identity["data"],
             "clips": counts["clip"],
@@ -923,16 +1052,20 @@ class _Trainer:
             "validation_on": "held-out items" if plan.held_out else "training items",
             **_plain({k: v for k, v in asdict(settings).items() if k not in ("steps", "title", "trigger_words")}),
             "image_ratio": plan.image_ratio,
+            **({} if self.sizes is None else {"bucket_items": dict(Counter(map(str, sorted(self.sizes.values()))))}),
             "targets": list(settings.targets),
             "versions": _versions(),
             "seconds": round(self.seconds, 1),
         }
+
+    def _metadata(self) -> dict[str, str]:
+        base, settings = self.base, self.settings
         metadata = {
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.title": settings.title or self.out.name,
             "modelspec.architecture": architecture(base.name, base.task),
             "modelspec.implementation": "https://github.com/huggingface/diffusers",
-            "cogloom.training": json.dumps(training, ensure_ascii=True),
+            "cogloom.training": json.dumps(self._record(), ensure_ascii=True),
         }
         if settings.trigger_words:
             metadata["modelspec.trigger_phrase"] = ", ".join(settings.trigger_words)
@@ -944,78 +1077,6 @@ def architecture(name: str, task: str) -> str:
     size = re.sub(r"^cogvideox-?", "", _slug(name))
     size = re.sub(r"-(t2v|i2v)$", "", size)
     return "-".join(part for part in ("cogvideox", size, task) if part) + "/lora"
-
-
-# --- checkpoints on disk ---
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    """Checkpoint folders, the newest first."""
-    folders = [f for f in out.glob("checkpoint-*") if f.is_dir() and re.fullmatch(r"checkpoint-\d{6,}", f.name)]
-    return sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True)
-
-
-def _newest(out: Path) -> _Saved | None:
-    """The newest whole checkpoint; one whose bytes do not match their hash (a copy cut short) is passed over."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    for folder in _checkpoints(out):
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            data = (folder / "state.safetensors").read_bytes()
-            if state["version"] == STATE_VERSION and hashlib.sha256(data).hexdigest() == state["sha256"]:
-                return _Saved(folder, state, load(data))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            continue
-    return None
-
-
-def _check_resumable(saved: _Saved, identity: dict[str, Any], settings: Settings) -> None:
-    """Raises ResumeError naming what differs, with both values."""
-    wayout = "Train into another folder, or start anew (--fresh)."
-    was, now = saved.state["identity"], identity
-    what = {"base": "another base", "data": "other clips or captions", "task": "another task"}
-    for name, said in what.items():
-        if was.get(name) != now[name]:
-            raise ResumeError(
-                f"{saved.folder} was trained on {said} ({name} {_short(was.get(name))}, now {_short(now[name])}). "
-                + wayout
-            )
-    names = sorted(set(was["settings"]) | set(now["settings"]))
-    pairs = [(name, was["settings"].get(name), now["settings"].get(name)) for name in names]
-    changed = [f"{name} {before!r} (now {after!r})" for name, before, after in pairs if before != after]
-    if changed:
-        raise ResumeError(f"{saved.folder} was trained with {', '.join(changed)}. {wayout}")
-    if settings.steps != saved.state["steps"] and settings.lr_schedule != "constant":
-        raise ResumeError(
-            f"{saved.folder} was trained for {saved.state['steps']} steps, now {settings.steps} are wanted: the "
-            f"{settings.lr_schedule} schedule depends on their number, and only constant can be prolonged. {wayout}"
-        )
-    if settings.steps < saved.step:
-        raise ResumeError(
-            f"{saved.folder} is at step {saved.step}, beyond the {settings.steps} steps wanted now. Ask for at least "
-            f"{saved.step} steps. {wayout}"
-        )
-
-
-def _sweep(out: Path) -> None:
-    """What a kill left behind."""
-    for part in out.glob(".checkpoint-*.part"):
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _set_aside(out: Path) -> None:
-    """Move the checkpoints of an earlier run out of the way; hours of work are not deleted for a flag."""
-    folders = _checkpoints(out)
-    if not folders:
-        return
-    number = 1
-    while (out / f"previous-{number}").exists():
-        number += 1
-    (out / f"previous-{number}").mkdir()
-    for folder in folders:
-        os.replace(folder, out / f"previous-{number}" / folder.name)
 
 
 # --- small things ---
@@ -1044,10 +1105,6 @@ def _too_large(settings: Settings) -> str:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
-
-
-def _short(value: Any) -> str:
-    return str(value)[:12]
 
 
 def _slug(text: str) -> str:

@@ -425,12 +425,12 @@ def test_a_broken_checkpoint_is_passed_over(data: Path, cache: Path, tmp_path: P
     assert not list(tmp_path.glob(".checkpoint-*"))
 
 
-def test_old_checkpoints_keep_their_adapter_and_not_their_moments(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_old_checkpoints_keep_their_adapter_and_a_difference(data: Path, cache: Path, tmp_path: Path) -> None:
     train(tiny_base(), scan(data), settings(steps=4, checkpoint_every=1), tmp_path, cache)
     have = {f.name: sorted(p.name for p in f.iterdir()) for f in tmp_path.glob("checkpoint-*")}
-    light = ["adapter.safetensors", "state.json"]
-    whole = [*light, "state.safetensors"]
-    assert have == {f"checkpoint-{n:06d}": (light if n < 3 else whole) for n in (1, 2, 3, 4)}
+    adapter, packed, record, whole = "adapter.safetensors", "state.difference", "state.json", "state.safetensors"
+    forms = {1: [packed, record], 2: [packed, record], 3: [packed, record, whole], 4: [record, whole]}
+    assert have == {f"checkpoint-{n:06d}": [adapter, *form] for n, form in forms.items()}
 
 
 @pytest.mark.parametrize(
