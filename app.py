@@ -37,7 +37,10 @@ examples:
   python app.py train my_clips --name mine      an adapter from a folder of clips and stills
   python app.py compare neon bounce --weights 0.5,1 --prompt "…" --seeds 0-3   which is better, with evidence
   python app.py vote STUDY                      judge its clips without knowing which is which
+  python app.py checkpoints list mine           what that training kept; verify, restore, prune
   python app.py workshop extract my_finetune -o mine.safetensors --rank 64   a fine-tuned model as an adapter
+  python app.py workshop take my_run -o mine.safetensors   the adapter alone out of a run or another trainer's state
+  python app.py workshop tree mine              what it was made of, checked by hash
   python app.py doctor                          what works on this machine, and what to do about the rest
 
 exit codes: 0 done, 1 failed (one paragraph on stderr says why), 2 wrong arguments, 130 stopped
@@ -203,14 +206,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--name", required=True, help="the adapter's name")
     train.add_argument("--out", type=Path, help="run folder; default: output/training/<name>")
     train.add_argument("--fresh", action="store_true", help="start over instead of going on from the last checkpoint")
+    train.add_argument("--start-from", default="", metavar="NAME",
+                       help="an adapter to begin with; it is recorded as the parent")  # fmt: skip
     from nodes.train import add_settings
 
     add_settings(train)
     _base_options(train)
 
+    from ui import checkpoint_commands as checkpoints
     from ui import commands as studies
     from ui import workshop_commands as workshop
 
+    checkpoints.add_commands(command)
     studies.add_commands(command, _base_options)
     workshop.add_commands(command, _base_options)
     return parser
@@ -405,6 +412,7 @@ def _loras(host: LocalHost, args: argparse.Namespace) -> int:
 
 
 def _inspect(host: LocalHost, args: argparse.Namespace) -> int:
+    from nodes.lineage import lineage
     from nodes.lora import inspect_adapter
 
     about = inspect_adapter(host, _named(args.name), anywhere=True)
@@ -434,6 +442,9 @@ def _inspect(host: LocalHost, args: argparse.Namespace) -> int:
         print(plain(f"{key:<14} {_short(value)}"))
     for key, value in about["metadata"].items():
         print(plain(f"{'metadata':<14} {_short(key)} = {_short(value)}"))
+    print()
+    for line in lineage(host, _named(args.name), anywhere=True).lines():
+        print(plain(line))
     return 0
 
 
@@ -548,10 +559,14 @@ def _doctor(host: LocalHost, args: argparse.Namespace) -> int:
 
 def _train(host: LocalHost, args: argparse.Namespace) -> int:
     from nodes.model import choose_base
-    from nodes.train import settings_from, train
+    from nodes.train import estimate, settings_from, train
 
     base = choose_base(host, **_base(args, args.base))
-    result = train(host, base, args.data, args.name, settings_from(args), out=args.out, fresh=args.fresh)
+    if args.estimate:
+        print(textwrap.fill(plain(estimate(host, base, settings_from(args)).sentence()), width()))
+        return 0
+    result = train(host, base, args.data, args.name, settings_from(args), args.out, args.fresh,
+                   start_from=args.start_from, force=args.anyway)  # fmt: skip
     Bar.clear()
     print(f"{result.steps} steps in {result.seconds:.0f} s")
     if result.validation:
