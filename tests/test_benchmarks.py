@@ -50,6 +50,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
     return Materials(tmp_path_factory.mktemp("materials"), CPU)
 
 
+@pytest.mark.heavy
 def test_every_row_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     threads, file = torch.get_num_threads(), tmp_path / "result.json"
     arguments = ["--size", "tiny", "--device", "cpu", "--repeat", "1", "--swaps", "3", "--markdown"]

@@ -289,6 +289,7 @@ def test_workers_that_cannot_say_why(host: LocalHost, tmp_path: Path, monkeypatc
     assert not rays()
 
 
+@pytest.mark.heavy
 def test_no_cluster_there(host: LocalHost):
     pytest.importorskip("ray")
     study = begin(host, "s", planned(host, "neon"))

@@ -147,6 +147,7 @@ def tuned(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", ["folder", "state", "pickle"])
+@pytest.mark.heavy
 def test_a_full_fine_tune(how: str, tiny_host: LocalHost, tuned: Path, tmp_path: Path):
     tensors = load_file(part_files(tuned / "transformer")[0])
     source = tuned

@@ -306,6 +306,7 @@ def test_a_server_that_must_not_be_is_refused(options: list[str], sentence: str)
     assert sentence in " ".join(done.stderr.split())
 
 
+@pytest.mark.heavy
 def test_who_has_not_signed_in_gets_nothing(tmp_path: Path):
     """Neither Gradio's pages nor our own addresses; the client signs in, and then both."""
     from gradio_client import Client

@@ -148,6 +148,7 @@ def swept(client: Client, *args: Any, **given: Any) -> tuple[list[dict[str, Any]
     return told[:-1], told[-1]
 
 
+@pytest.mark.heavy
 def test_a_sweep_is_estimated_run_resumed_and_reported(client: Client, server: Server):
     stacks = ["neon:0.8", "both=bounce:0.5[steps=0@0, 1@0.5]"]
     asked = {"stacks": stacks, "prompts": [PROMPT], "seeds": "0,1", **SMALL}

@@ -284,6 +284,7 @@ def test_training_is_stopped_goes_on_and_lets_others_render(client: Client, serv
     assert client.predict(api_name="/train_stop")["state"] == "done"
 
 
+@pytest.mark.heavy
 def test_what_a_training_says_of_its_data_reaches_the_client(client: Client):
     (first, *_) = [client.predict("toy", "bad", settings={**TRAINING, "steps": 1, "trigger_words": ["absent"]},
                                   api_name="/train_start")]  # fmt: skip

@@ -90,6 +90,7 @@ def test_made_of_one_it_is_seen(host: LocalHost, tmp_path: Path):
 
 
 @pytest.mark.parametrize("layout", sorted(TARGETS))
+@pytest.mark.heavy
 def test_in_every_layout_it_renders_the_same(host: LocalHost, tmp_path: Path, layout: str):
     """To the bit. SAT has names for the attention's layers alone, so it gets an adapter that has no others."""
     host.lora_folders = (tmp_path / "loras",)

@@ -194,6 +194,7 @@ def test_there_are_enough_of_them_and_no_two_are_alike(made: list[Made]) -> None
     assert sum(bad.name.startswith("fuzz-") for bad, _ in made) >= 150
 
 
+@pytest.mark.heavy
 def test_memory_is_flat(holding: Holding, made: list[Made]) -> None:
     large = {path for _, path in made if path.is_file() and path.stat().st_size >= LARGE}
     small = [path for _, path in made if path not in large]

@@ -183,6 +183,7 @@ def of(name: str, **changes: Any) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.heavy
 def test_five_billion_are_planned_for_without_any_memory() -> None:
     plain, checkpointed = of("CogVideoX-5b"), of("CogVideoX-5b", gradient_checkpointing=True)
     packed = of("CogVideoX-5b", gradient_checkpointing=True, quantise="nf4", optimiser="adamw8bit")

@@ -177,6 +177,7 @@ def test_four_bits_by_bitsandbytes(items: list[Item], cache: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("changes", [{"optimiser": "adamw8bit"}, {"optimiser": "adamw8bit", "quantise": "int8"}])
+@pytest.mark.heavy
 def test_a_run_in_8_bits_goes_on_bit_for_bit(
     changes: dict[str, Any], items: list[Item], cache: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_run_in_8_bits_goes_on_bit_for_bit(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.heavy
 def test_moments_in_8_bits_learn_nearly_the_same(items: list[Item], cache: Path, tmp_path: Path) -> None:
     plain, packed = (run(items, cache, tmp_path / kind, optimiser=kind, steps=12) for kind in ("adamw", "adamw8bit"))
     assert packed.losses[0] == plain.losses[0]

@@ -346,6 +346,7 @@ for limit in (10_000, 1_000):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no RLIMIT_FSIZE to stand in for a full disk")
+@pytest.mark.heavy
 def test_a_full_disk_is_said_and_leaves_the_older_file(tmp_path):
     for suffix in (*SUFFIXES, ".png"):
         (tmp_path / f"clip{suffix}").write_bytes(b"older")
