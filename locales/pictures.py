@@ -74,6 +74,7 @@ PICTURES = {
     "CogLoomBake": Picture({"checkpoint": "zai-org/CogVideoX-2b", "name": "diffusion_models/sunset"}, (380, 0)),
     "CogLoomTake": Picture({"source": "training/my-lora", "which": "best", "name": "loras/my-lora"}, (380, 0)),
     "CogLoomTrain": Picture({"dataset": "my-clips", "trigger_words": "sks dancer"}, (380, 0)),
+    "CogLoomCheckpoints": Picture({"run": "my-lora", "action": "prune", "keep": "best, last"}, (380, 0)),
     "CogLoomLineage": Picture({"adapter": "neon.safetensors"}, (380, 0)),
 }
 

@@ -81,6 +81,14 @@ class Pruned:
     def won(self) -> int:
         return self.before_bytes - self.after_bytes
 
+    def words(self) -> list[str]:
+        """Lines for a person, without the sizes."""
+        would = "would be " if self.dry_run else ""
+        told = [("kept", self.kept), ("removed", self.removed)] + (
+            [("packed anew", self.repacked)] * bool(self.repacked)
+        )
+        return [f"{would}{what}: {', '.join(map(str, steps)) or 'none'}" for what, steps in told]
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "won": self.won}
 
@@ -98,6 +106,11 @@ def list_checkpoints(run: Path) -> tuple[Kept, ...]:
         UsageError: no such folder, or one without a checkpoint.
     """
     return tuple(_kept(folder) for folder in _folders(run))
+
+
+def checkpoint_at(run: Path, step: int) -> Path:
+    """Its folder. Raises UsageError, as `list_checkpoints`, and with the steps that there are."""
+    return _named(_folders(run), step, Path(run))
 
 
 def verify_run(run: Path) -> tuple[Checked, ...]:
@@ -137,7 +150,7 @@ def restore_checkpoint(run: Path, step: int, target: Path, force: bool = False) 
         ResumeError: it cannot be restored; names the file or the link that is missing or damaged.
         DiskFull: no room; `target` is as it was.
     """
-    folder = _named(_folders(run), step, Path(run))
+    folder = checkpoint_at(run, step)
     final = Path(target) / folder.name
     if final.resolve() == folder.resolve():
         raise UsageError(f"{final} is the checkpoint itself; name another folder.")

@@ -20,11 +20,12 @@ GAP, TITLE = 60, 30  # px: between nodes, and a node's title above its position
 _SLOT, _WIDGET, _LINES, _WIDTH = 20, 24, 120, 330  # px: heights of what a node has, and its width
 _WIDE = {"CogLoomLoraStack": 420, "CogLoomPrompt": 400, "CogLoomSaveVideo": 400, "CogLoomCompare": 620,
          "CogLoomGrid": 480, "CogLoomMetrics": 620, "CogLoomExtract": 480, "CogLoomMerge": 480, "CogLoomResize": 480,
-         "CogLoomTrain": 480, "CogLoomLineage": 480}  # fmt: skip
+         "CogLoomTrain": 480, "CogLoomCheckpoints": 480, "CogLoomLineage": 480}  # fmt: skip
 # Pictures that a node shows after a run, in px below its widgets; without room for them they would cover the next one.
 _SHOWS = {"CogLoomSampler": 460, "CogLoomSaveVideo": 480, "CogLoomCompare": 560, "CogLoomLoraInfo": 240,
           "CogLoomGrid": 700, "CogLoomMetrics": 340, "CogLoomExtract": 340, "CogLoomMerge": 340, "CogLoomResize": 340,
-          "CogLoomTrain": 340, "CogLoomConvert": 130, "CogLoomBake": 130, "CogLoomTake": 130, "CogLoomLineage": 130,
+          "CogLoomTrain": 340, "CogLoomCheckpoints": 340, "CogLoomConvert": 130, "CogLoomBake": 130, "CogLoomTake": 130,
+          "CogLoomLineage": 130,
           "LoadImage": 330, "SaveVideo": 400, "PreviewAny": 120}  # fmt: skip
 _ROWS, _ROW = 180, 48  # px: of the stack's editor without rows, and of each row
 _OPTIONAL = 7  # LiteGraph's shape of a socket that may stay empty

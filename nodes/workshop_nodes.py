@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
+from .engine import train_state
 from .engine.checkpoints import DEMO
 from .engine.errors import AdapterNotFound, ModelNotFound, UsageError
 from .engine.files import write_atomic
@@ -609,6 +610,95 @@ def _trained(host: Host, path: Path, result: Result, expected: str) -> Shown:
     words.append(f"Expected: {expected}")
     table = {"columns": ["", "loss", "held-out loss"], "rows": rows, "words": words}
     return Shown((_stack_of(path), file), {"text": ["\n".join(words)], "cogloom_table": [table]})
+
+
+# --- what a training kept ---------------------------------------------------------------------------------------------
+
+
+def run_names(host: Host) -> list[str]:
+    """CogLoom's own trainings in output/training that have a checkpoint."""
+    own = [(name, path) for name, path in sources(host).items() if name.startswith("training/") and path.is_dir()]
+    found = [name.removeprefix("training/") for name, path in own if train_state.checkpoints(path)]
+    return found or ["(no training is here)"]  # an empty list shows as "undefined"
+
+
+def _run(host: Host, name: str) -> Path:
+    if name not in (there := run_names(host)):
+        raise UsageError(
+            f"No training called {name[:200]!r} has a checkpoint in output/training: {', '.join(there[:12])}."
+        )
+    return contained(host.output_folder, f"training/{name}")
+
+
+def _check_run(host: Host, run: str | None = None, name: str | None = None, **_: Any) -> None:
+    if run is not None:
+        _run(host, run)
+    if name is not None:
+        numbered(host.output_folder, name, "")
+
+
+def _stamp_run(host: Host, run: str | None = None, **_: Any) -> Any:
+    if run is None:
+        return None
+    files = [file for folder in train_state.checkpoints(_run(host, run)) for file in sorted(folder.iterdir())]
+    return [[file.parent.name, file.name, file.stat().st_mtime_ns] for file in files]
+
+
+@node(
+    "CogLoomCheckpoints", "Training Checkpoints",
+    (
+        Out("stack", STACK, "The adapter as it was at the step, at weight 1, for a sampler."),
+        Out("text", "STRING", "What was found or done."),
+    ),
+    category=CATEGORY, shows=True, check=_check_run, stamp=_stamp_run,
+    search=("prune", "restore", "verify", "training run", "state"),
+)  # fmt: skip
+def training_checkpoints(
+    host: Host,
+    run: Annotated[str, Choice(run_names, others=True, tip="A training in output/training.")],
+    action: Annotated[str, Choice(("list", "verify", "restore", "prune"), tip="list shows what there is. verify reads "
+                                  "every byte. restore makes a run of its own of one. prune removes some.")] = "list",
+    step: Annotated[int, Whole(0, 1_000_000, tip="Of the stack that is given, and with restore. 0: the newest, as "
+                               "always with prune.")] = 0,
+    keep: Annotated[str, Text(tip="With prune, what stays: steps, first, best, last, or key, the ones that training "
+                              "itself would keep; with commas.")] = "key",
+    only_tell: Annotated[bool, Flag(tip="With prune: say what it would win, and change nothing.")] = True,
+    name: Annotated[str, Text(tip="With restore: where in the output folder, and the beginning of the run's name; a "
+                              "number follows.")] = "training/restored",
+) -> Shown:  # fmt: skip
+    """What a training of CogLoom kept, and why: any checkpoint as a stack, brought back to the last bit as a run of its
+    own, every byte checked, or fewer of them."""
+    from .checkpoint_runs import checkpoint_at, list_checkpoints, prune_run, restore_checkpoint, verify_run
+
+    folder = _run(host, run)
+    words: list[str] = []
+    at = step if step and action != "prune" else train_state.step_of(train_state.checkpoints(folder)[0])
+    chosen = checkpoint_at(folder, at)
+    if action == "verify":
+        found = verify_run(folder)
+        words += [problem for one in found for problem in one.problems]
+        words.append(f"{sum(not one.problems for one in found)} of {len(found)} checkpoints are sound")
+    if action == "prune":
+        wanted = [word.strip() for word in keep.split(",") if word.strip()]
+        wish = [int(word) if word.isascii() and word.isdigit() else word for word in wanted]
+        done = prune_run(folder, wish, dry_run=only_tell)
+        words += [*done.words(), _smaller(done.before_bytes, done.after_bytes)]
+    if action == "restore":
+        again = restore_checkpoint(folder, at, numbered(host.output_folder, name, ""))
+        words.append(f"step {again.step} is back in {_below(host, again.folder.parent)}, SHA-256 {again.sha256}")
+    there = list_checkpoints(folder)
+    rows = [
+        [f"step {one.step}", ", ".join(one.why) or "–", *("–" if loss is None else f"{loss:.4f}" for loss in (
+            one.loss, one.validation)), _size(one.bytes), "–" if one.ratio is None else f"{one.ratio:.2f} ×"]
+        for one in there
+    ]  # fmt: skip
+    words += [f"step {one.step}: {one.problem}" for one in there if one.problem and action != "verify"]
+    words.append(f"{len(there)} checkpoints, {_size(sum(one.bytes for one in there))}")
+    columns = ["", "kept because", "loss", "held-out loss", "size", "state smaller"]
+    table = {"columns": columns, "rows": rows, "words": words}
+    text = "\n".join(words)
+    stack = _stack_of(chosen / train_state.ADAPTER)
+    return Shown((stack, text), {"text": [text], "cogloom_table": [table]})
 
 
 # --- where it comes from ----------------------------------------------------------------------------------------------

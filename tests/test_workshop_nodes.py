@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -24,7 +25,7 @@ from nodes.model import choose_base
 from nodes.render import Shot, render
 from nodes.schema import NODES, Shown, Whole
 from nodes.workflow import run_workflow
-from nodes.workshop_nodes import dataset_names, tuned_models
+from nodes.workshop_nodes import dataset_names, run_names, tuned_models
 from tests import tiny
 
 TOOLS = [node for node in NODES.values() if node.category == "CogLoom/workshop"]
@@ -234,6 +235,7 @@ def test_an_extraction_is_measured_on_clips_that_are_held_out(host: Watched):
         ("CogLoomTrain", {"dataset": "../clips"}, UsageError, "no dataset of the input folder"),
         ("CogLoomTrain", {"dataset": "(none in the input folder)"}, UsageError, "no dataset of the input folder"),
         ("CogLoomTake", {"source": "../training/mine"}, AdapterNotFound, "No training is called"),
+        ("CogLoomCheckpoints", {"run": "../mine"}, UsageError, "No training called"),
         ("CogLoomLineage", {"adapter": "gone"}, AdapterNotFound, "gone"),
     ],
 )
@@ -340,3 +342,45 @@ def test_a_training_is_stopped_and_goes_on_to_the_same_adapter(host: Watched, cl
         assert torch.equal(one.dense(zero), other.dense(zero)), one.name
     # Run again, there is nothing to do, and no second copy of the same.
     assert run(host, "CogLoomTrain", **TRAIN, steps=6).outputs[1] == resumed.outputs[1]
+
+
+def test_checkpoints_are_listed_verified_brought_back_and_let_go(host: Watched, clips: None):
+    assert run_names(host) == ["(no training is here)"]
+    run(host, "CogLoomTrain", **TRAIN | {"name": "kept"}, steps=6, checkpoint_every=2)
+    assert run_names(host) == ["kept"]
+    its = host.output_folder / "training" / "kept"
+    shown = run(host, "CogLoomCheckpoints", run="kept")
+    (table,) = shown.ui["cogloom_table"]
+    assert [row[0] for row in table["rows"]] == ["step 2", "step 4", "step 6"]
+    assert {len(row) for row in table["rows"]} == {len(table["columns"])}
+    assert shown.outputs[1] == shown.ui["text"][0] == table["words"][-1]
+    at_two = run(host, "CogLoomCheckpoints", run="kept", step=2).outputs[0]
+    (entry,) = at_two.entries
+    assert Path(entry.adapter) == (its / "checkpoint-000002" / "adapter.safetensors").resolve()
+    assert not torch.equal(clip(host, at_two), clip(host, shown.outputs[0]))
+
+    assert "3 of 3 checkpoints are sound" in run(host, "CogLoomCheckpoints", run="kept", action="verify").outputs[1]
+    for number in (1, 2):  # again and again, and nothing is replaced
+        back = run(host, "CogLoomCheckpoints", run="kept", action="restore", step=2)
+        assert f"step 2 is back in training/restored_0000{number}_" in back.outputs[1]
+        again = host.output_folder / "training" / f"restored_0000{number}_" / "checkpoint-000002"
+        whole = hashlib.sha256((again / "state.safetensors").read_bytes()).hexdigest()
+        assert whole == json.loads((its / "checkpoint-000002" / "state.json").read_text(encoding="utf-8"))["sha256"]
+    with pytest.raises(UsageError, match="no checkpoint at step 3; it has 2, 4, 6"):
+        run(host, "CogLoomCheckpoints", run="kept", action="restore", step=3)
+
+    node = NODES["CogLoomCheckpoints"]
+    assert node.stamp
+    stamp, before = node.stamp(host, run="kept"), files(its)
+    told = run(host, "CogLoomCheckpoints", run="kept", action="prune", keep="first, 6")
+    assert "would be kept: 2, 6" in told.outputs[1]
+    assert files(its) == before
+    assert node.stamp(host, run="kept") == stamp
+    done = run(host, "CogLoomCheckpoints", run="kept", action="prune", keep="first, 6", only_tell=False)
+    assert "removed: 4" in done.outputs[1]
+    assert [row[0] for row in done.ui["cogloom_table"][0]["rows"]] == ["step 2", "step 6"]
+    assert node.stamp(host, run="kept") != stamp
+    (its / "checkpoint-000002" / "adapter.safetensors").write_bytes(b"cut")
+    said = run(host, "CogLoomCheckpoints", run="kept", action="verify").outputs[1]
+    assert "checkpoint-000002/adapter.safetensors is damaged" in said
+    assert "1 of 2 checkpoints are sound" in said

@@ -119,12 +119,10 @@ def _prune(host: LocalHost, args: argparse.Namespace) -> int:
     if args.json:
         print_json(done.to_json())
         return 0
-    would = "would be " if done.dry_run else ""
-    say(f"{would}kept: {', '.join(map(str, done.kept))}")
-    say(f"{would}removed: {', '.join(map(str, done.removed)) or 'none'}")
-    if done.repacked:
-        say(f"{would}packed anew: {', '.join(map(str, done.repacked))}")
-    say(f"{_size(done.before_bytes)} -> {_size(done.after_bytes)}, {_size(done.won)} {'to win' if would else 'won'}")
+    for line in done.words():
+        say(line)
+    won = f"{_size(done.won)} {'to win' if done.dry_run else 'won'}"
+    say(f"{_size(done.before_bytes)} -> {_size(done.after_bytes)}, {won}")
     return 0
 
 

@@ -31,6 +31,7 @@ OUTPUTS = {
     "CogLoomBake": ("folder",),
     "CogLoomTake": ("stack", "file"),
     "CogLoomTrain": ("stack", "file"),
+    "CogLoomCheckpoints": ("stack", "text"),
     "CogLoomLineage": ("text", "json"),
 }  # the outputs, in the order that is for good
 
