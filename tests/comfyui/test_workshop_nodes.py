@@ -125,6 +125,14 @@ def test_a_training_tells_its_loss_is_interrupted_and_goes_on(server: Server, in
     assert path == server.base / "output" / "loras" / "w-circle_00001_.safetensors"
     assert json.loads(read(path).metadata["cogloom.training"])["step"] == step + 2
     assert frames(server, "w-trained").std() > 0.01
+    kept = Graph(info)
+    look = kept.add("CogLoomCheckpoints", run="w-circle", action="verify")
+    sampled(kept, look["stack"], "w-kept")
+    said = server.run(kept.nodes).ok().outputs[look.id]
+    rows = said["cogloom_table"][0]["rows"]
+    assert f"{len(rows)} of {len(rows)} checkpoints are sound" in said["text"][0]
+    assert rows[-1][0] == f"step {step + 2}"
+    assert frames(server, "w-kept").std() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -134,6 +142,7 @@ def test_a_training_tells_its_loss_is_interrupted_and_goes_on(server: Server, in
         ("CogLoomBake", {"name": "/out"}, "leads outside"),
         ("CogLoomExtract", {"finetuned": "../models/CogVideo"}, "No fine-tuned model is called"),
         ("CogLoomTake", {"source": "/etc"}, "No training is called"),
+        ("CogLoomCheckpoints", {"run": "../../models"}, "No training called"),
         ("CogLoomTrain", {"dataset": "../output"}, "is no dataset of the input folder"),
         ("CogLoomConvert", {"adapter": "../../x"}, "x"),
     ],
