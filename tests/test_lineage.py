@@ -47,6 +47,7 @@ def rewrite(source: Path, target: Path, metadata: dict[str, str]) -> Path:
 # --- what the workshop makes ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_from_a_child_of_children_down_to_the_base(host: LocalHost, tmp_path: Path):
     """Merged, resized, converted: every generation is found by its hash, until the base."""
     folder = tmp_path / "loras"
@@ -77,6 +78,7 @@ def test_from_a_child_of_children_down_to_the_base(host: LocalHost, tmp_path: Pa
     assert {"neon", "bounce", DEMO} < set(found)
 
 
+@pytest.mark.heavy
 def test_an_extracted_one_knows_what_was_baked(host: LocalHost, tmp_path: Path):
     folder = tmp_path / "models" / "tuned"
     shutil.copytree(DEMO_FOLDER / DEMO, folder, ignore=shutil.ignore_patterns("transformer"))

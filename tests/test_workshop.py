@@ -79,6 +79,7 @@ def baked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bake_adapters(host, stack_loras(host, ["neon"]), folder, dtype="fp32").folder
 
 
+@pytest.mark.heavy
 def test_what_was_baked_in_comes_out_again(host: LocalHost, baked: Path, tmp_path: Path):
     neon = read(NEON)
     done = extract_adapter(host, baked, tmp_path / "x.safetensors", cut=Cut(rank=8), dtype="fp32")
@@ -215,6 +216,7 @@ def test_a_loss_that_cannot_be_measured_is_told_before_anything_is_written(
     assert not target.exists()
 
 
+@pytest.mark.heavy
 def test_a_spectrum_is_drawn(host: LocalHost, tmp_path: Path):
     plain, cut = spectrum_svg(host, "neon"), spectrum_svg(host, "neon", Cut(rank=3))
     for text in (plain, cut):

@@ -144,6 +144,7 @@ def test_a_smaller_merge_shows_the_error_of_each_block(host: Watched):
     assert any(line.startswith("error 0.") for line in table["words"])
 
 
+@pytest.mark.heavy
 def test_what_is_baked_can_be_chosen_and_extracted(host: Watched):
     one = stack(host, ("one", 1.0))
     baked = run(host, "CogLoomBake", stack=one, checkpoint="tiny-t2v", name="diffusion_models/one-inside")
@@ -180,6 +181,7 @@ def test_a_resize_is_smaller_and_near(host: Watched, folder: Path):
     ("layout", "said"),
     [("diffusers", "diffusers"), ("peft", "PEFT"), ("kohya", "VideoX-Fun"), ("comfyui", "ComfyUI"), ("sat", "SAT")],
 )
+@pytest.mark.heavy
 def test_every_layout_is_the_same_adapter(host: Watched, layout: str, said: str):
     shown = run(host, "CogLoomConvert", adapter="one", layout=layout)
     assert said in read_made(host, shown).layout
@@ -310,6 +312,7 @@ def test_a_training_is_estimated_and_nothing_is_done(host: Watched, clips: None)
     assert bases.loads == 0
 
 
+@pytest.mark.heavy
 def test_a_training_is_stopped_and_goes_on_to_the_same_adapter(host: Watched, clips: None):
     assert dataset_names(host) == ["sets/circles"]
     whole = run(host, "CogLoomTrain", **TRAIN | {"name": "whole"}, steps=6)

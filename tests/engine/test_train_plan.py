@@ -239,6 +239,7 @@ def test_the_demo_is_planned_for_from_its_folder(tmp_path: Path, monkeypatch: py
     assert found.as_dict()["total"] == found.total
 
 
+@pytest.mark.heavy
 def test_a_training_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:
     host = LocalHost()
     base = choose_base(host, "cogloom-demo")
