@@ -316,7 +316,7 @@ def test_a_sweep_on_a_phone_at_night_in_chinese(visit: Any, app: Server):
     assert box is not None
     assert 844 - 70 < box["y"] + box["height"] <= 844  # in reach, whatever is scrolled
     here.fill("sweep-seeds", "0-x")
-    expect(here.at("sweep-cost")).to_contain_text("seed")
+    expect(here.at("sweep-cost")).to_contain_text("不是种子范围")
     here.at("sweep-arms").get_by_role("button", name="移除 sunset 1").tap()
     expect(here.at("sweep-arms").locator(".cs-item")).to_have_count(1)
     here.page.wait_for_timeout(500)  # the browser's memory is written by an event of its own
