@@ -40,7 +40,7 @@ HELP = {
     "timestep_power": "t = 1000 u^p; below 1 leans towards high noise, where layout and motion are decided",
     "mixed_precision": "no, bf16 or fp16",
     "optimiser": "adamw, or adamw8bit: its moments in 8 bits",
-    "quantise": "the base's weights while it is trained on: none, int8 (torchao) or nf4 (4 bits, bitsandbytes)",
+    "quantise": "the base's weights while it is trained on: none, int8 or int4 (torchao), nf4 (4 bits, bitsandbytes)",
     "gradient_checkpointing": "compute activations anew in the backward pass: far less memory, a third more time",
     "buckets": "sizes besides the one above, with commas: WxH or WxHxF, or auto; every file takes the nearest",
     "checkpoint_every": "steps between checkpoints; default: 5 to 10 in all (early, middle, near the end, best on "

@@ -526,8 +526,9 @@ def train_lora(
     resume: Annotated[bool, Flag(tip="Go on from the last checkpoint of this name. Off: begin anew; what was there is "
                                  "kept beside it.")] = True,
     only_estimate: Annotated[bool, Flag(tip="Say what memory and time it takes, and train nothing.")] = False,
-    quantise: Annotated[str, Choice(QUANTISED, advanced=True, tip="The base's weights while it is trained on: int8 by "
-                                    "torchao, nf4 by bitsandbytes on CUDA. Less memory, a little slower.")] = "none",
+    quantise: Annotated[str, Choice(QUANTISED, advanced=True, tip="The base's weights while it is trained on: int8 and "
+                                    "int4 by torchao, nf4 by bitsandbytes on CUDA. Less memory, a little slower.")]
+    = "none",
     optimiser: Annotated[str, Choice(OPTIMISERS, advanced=True, tip="adamw8bit has its moments in 8 bits.")] = "adamw",
     buckets: Annotated[str, Text(tip="Other sizes besides, with commas: WxH or WxHxF, or auto; each file takes the "
                                  "nearest. Empty: all are of one size.")] = "",

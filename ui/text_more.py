@@ -199,7 +199,7 @@ MORE: dict[str, tuple[str, str]] = {
         "0：只存最后一个",
     ),
     "h_checkpoint_minutes": ("", "此外至少每隔这么多分钟存一个可供继续的检查点；0：不存"),
-    "h_quantise": ("", "训练时基础模型的权重：none、int8（torchao）或 nf4（4 位，bitsandbytes）"),
+    "h_quantise": ("", "训练时基础模型的权重：none、int8 或 int4（torchao）、nf4（4 位，bitsandbytes）"),
     "h_buckets": (
         "",
         "除上面的尺寸外还用于训练的尺寸：auto，或用逗号分隔的 宽x高、宽x高x帧数；每个文件用最接近的尺寸",

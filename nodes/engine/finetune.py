@@ -57,7 +57,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 ADAPTER = "default"  # PEFT's name for the one adapter that is trained
 VALIDATIONS = 8  # forwards of one validation, at least; as many as held-out items if there are more
 OPTIMISERS = ("adamw", "adamw8bit")
-QUANTISED = ("none", "int8", "nf4")
+QUANTISED = ("none", "int8", "int4", "nf4")
 # Settings that runs of an earlier day do not have, with the value that means what those runs did.
 ADDED: dict[str, Any] = {"quantise": "none", "buckets": ()}
 # What may differ between a checkpoint and the run that continues it: it changes no number that training computes.
@@ -130,7 +130,9 @@ class Settings:
     sample_every: int = 0  # optimiser steps between clips on the way; 0: none
     sample_steps: int = 20  # denoising steps of such a clip
     sample_prompts: tuple[str, ...] = ()  # what they show; none: captions of clips that are held out
-    quantise: str = "none"  # the base's weights while it is trained on: none, int8 (torchao), nf4 (bitsandbytes)
+    quantise: str = (
+        "none"  # the base's weights while it is trained on: none, int8 or int4 (torchao), nf4 (bitsandbytes)
+    )
     buckets: tuple[str, ...] = ()  # sizes besides width x height and frames, WxH or WxHxF, or auto; none: one size
     title: str = ""
     trigger_words: tuple[str, ...] = ()

@@ -342,6 +342,8 @@ class _Hollow(Packed):
         shape = self.out_features, self.in_features
         if self.kind == "nf4":  # one kernel, straight to the type
             return torch.empty(shape, dtype=self.kept).to(dtype)
+        if self.kind == "int4":  # to float32, where it is scaled in place
+            return torch.empty(shape, dtype=torch.uint8).to(torch.float32).to(dtype)
         return (torch.empty(shape) * 1.0).to(self.kept).to(dtype)  # to float32, times the scale of the row
 
 

@@ -10,6 +10,7 @@ every unpacked weight until the backward pass, which is more memory than the flo
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,11 +20,12 @@ from torch.nn.functional import linear
 
 from .errors import PlacementError
 
-KINDS = ("none", "int8", "nf4")
+KINDS = ("none", "int8", "int4", "nf4")
 OPTIMISERS = ("adamw", "adamw8bit")
 BLOCKS = "transformer_blocks."  # the few layers outside are small, and the picture hangs on them
 BLOCK = 256  # values of a moment in 8 bits that share a scale, in torchao and bitsandbytes alike
 SMALLEST = 4096  # values; a smaller moment stays in float32, in both
+INT4_GROUP = 64  # weights of a row that share a scale, or fewer where a row is no multiple of it
 NF4_BLOCK = 64  # weights that share a scale, which is itself in 8 bits with one float32 for 256 of them
 
 
@@ -44,6 +46,18 @@ class Packed(torch.nn.Linear):
             input = input.to(torch.get_autocast_dtype(kind))
         y: Any = _Unpacking.apply(input, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class Packed4(Packed):
+    """With two weights in a byte: `weight` is uint8 (out, in / 2), the first of a pair in the low half, each 8 more
+    than what it means; `scale` float32 (out, in / group)."""
+
+    scale: torch.Tensor
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        pairs = torch.stack((self.weight & 15, self.weight >> 4), dim=-1)
+        values = pairs.to(torch.float32).view(*self.scale.shape, -1)
+        return values.sub_(8).mul_(self.scale.unsqueeze(-1)).view(self.out_features, self.in_features).to(dtype)
 
 
 class _Unpacking(torch.autograd.Function):
@@ -69,7 +83,7 @@ def quantise(transformer: Any, kind: str, device: torch.device | str) -> int:
     """
     if kind == "none":
         return 0
-    pack = _int8 if kind == "int8" else _nf4
+    pack = {"int8": _int8, "int4": _int4, "nf4": _nf4}[kind]
     layers = [(n, m) for n, m in transformer.named_modules() if type(m) is torch.nn.Linear and n.startswith(BLOCKS)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the packages' own, about what they will change
@@ -81,27 +95,55 @@ def quantise(transformer: Any, kind: str, device: torch.device | str) -> int:
 
 
 def _prepare(kind: str) -> Any:
-    name = "torchao" if kind == "int8" else "bitsandbytes"
+    name = "bitsandbytes" if kind == "nf4" else "torchao"
     try:
-        if kind == "int8":
+        if name == "torchao":
             import torchao.quantization as package
         else:
             import bitsandbytes as package  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise PlacementError(
             f"Training on a base in {kind} needs {name}: `pip install {name}`; or choose quantise "
-            f"{'nf4' if kind == 'int8' else 'int8'} or none."
+            f"{'int8' if kind == 'nf4' else 'nf4'} or none."
         ) from error
     return package
 
 
 def _int8(torchao: Any, layer: torch.nn.Linear, device: torch.device) -> torch.nn.Linear:
     layer.to(device)
-    # One scale a row, symmetric. An int4 of torchao needs a package of its own or packs into bytes: 4 bits are nf4.
+    # One scale a row, symmetric.
     torchao.quantize_(layer, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, _: module is layer)
     layer.requires_grad_(False)
     layer.__class__ = Packed
     return layer
+
+
+def _int4(torchao: Any, layer: torch.nn.Linear, device: torch.device) -> torch.nn.Linear:
+    """torchao rounds; its own tensors in 4 bits keep a byte a weight, or need a further package or another processor.
+
+    Raises:
+        PlacementError: a row cannot be taken in pairs.
+    """
+    group = int4_group(layer.in_features)
+    if group < 2:
+        raise PlacementError(f"A row of {layer.in_features} weights cannot be packed in pairs; choose quantise int8.")
+    layer.to(device)
+    four: Any = torch.int4  # pyright: ignore[reportAttributeAccessIssue]  its stubs do not have it
+    kind = torchao.IntxWeightOnlyConfig(weight_dtype=four, granularity=torchao.PerGroup(group))
+    torchao.quantize_(layer, kind, filter_fn=lambda module, _: module is layer)
+    rounded: Any = layer.weight
+    codes = (rounded.qdata + 8).to(torch.uint8)  # symmetric: -8 to 7, and no zero point
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    layer.register_buffer("scale", rounded.scale.to(torch.float32), persistent=False)
+    layer.requires_grad_(False)
+    layer.__class__ = Packed4
+    return layer
+
+
+def int4_group(columns: int) -> int:
+    """Weights of a row that share a scale."""
+    return math.gcd(columns, INT4_GROUP)
 
 
 def _nf4(bitsandbytes: Any, layer: torch.nn.Linear, device: torch.device) -> torch.nn.Linear:
@@ -121,6 +163,8 @@ def packed_bytes(kind: str, rows: int, columns: int, itemsize: int) -> int:
     """Bytes of a weight (rows, columns) of a linear in the blocks; `itemsize` bytes has a number that is not packed."""
     if kind == "int8":
         return rows * columns + 4 * rows
+    if kind == "int4":
+        return rows * columns // 2 + 4 * rows * columns // int4_group(columns)
     if kind == "nf4":
         blocks = -(-rows * columns // NF4_BLOCK)
         return -(-rows * columns // 2) + blocks + 4 * -(-blocks // 256)

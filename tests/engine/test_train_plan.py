@@ -149,6 +149,7 @@ CASES = {
         torch.bfloat16,
     ),
     "int8": ("t2v", {}, {"quantise": "int8"}, torch.float32),
+    "int4": ("t2v", {}, {"quantise": "int4"}, torch.float32),
     "int8 checkpointed in bf16": (
         "t2v",
         {},

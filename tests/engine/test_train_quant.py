@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import random
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from nodes.engine import train_quant
 from nodes.engine.dataset import Item, scan
 from nodes.engine.errors import Cancelled, PlacementError, ResumeError
 from nodes.engine.finetune import Result, Settings, TrainableBase, train
-from nodes.engine.train_quant import Packed, make_optimiser, moment_bytes, moments, packed_bytes, quantise
+from nodes.engine.train_quant import Packed, Packed4, make_optimiser, moment_bytes, moments, packed_bytes, quantise
 from nodes.engine.video import write_video
 from nodes.host import LocalHost
 from nodes.model import choose_base
@@ -146,7 +147,7 @@ def test_the_bytes_that_are_planned_for_are_those_that_are_held() -> None:
         assert sum(found.values()) == moment_bytes(kind, values), (kind, values, found)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+@pytest.mark.parametrize(("kind", "name"), [("int8", "torchao"), ("int4", "torchao"), ("nf4", "bitsandbytes")])
 def test_a_missing_package_is_named(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
@@ -171,6 +172,47 @@ def test_four_bits_by_bitsandbytes(items: list[Item], cache: Path, tmp_path: Pat
     assert packed.weight.numel() == sizes[0].numel() // 2
     assert result.validation[-1][1] < 0.97 * result.validation[0][1]
     assert form(result.path) == form(run(items, cache, tmp_path / "plain", steps=1).path)
+
+
+def test_in_4_bits_two_weights_are_one_byte_and_mean_what_torchao_rounded_them_to() -> None:
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+
+    for columns, group in ((128, 64), (96, 32)):
+        model = layer(48, columns)
+        like = torch.nn.Linear(columns, 48)
+        like.load_state_dict(model["transformer_blocks"][0]["to_q"].state_dict())
+        exact = like.weight.detach().clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchao's, about what it will change
+            quantize_(like, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group)))
+        assert quantise(model, "int4", "cpu") == 1
+        packed = model["transformer_blocks"][0]["to_q"]
+        assert isinstance(packed, Packed4)
+        assert torch.equal(packed.unpacked(torch.float32), like.weight.dequantize())
+        held = packed.weight.nbytes + packed.scale.nbytes
+        assert held == packed_bytes("int4", 48, columns, 4)
+        assert packed.weight.nbytes == exact.numel() // 2
+        off = (packed.unpacked(torch.float32) - exact).abs().view(48, -1, group).amax(2)
+        largest = exact.abs().view(48, -1, group).amax(2)
+        assert (off <= largest / 7.5 * 0.51).all()
+        x = torch.randn(5, columns, requires_grad=True)
+        y = packed(x)
+        torch.testing.assert_close(y, like(x.detach()))
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, packed.unpacked(torch.float32).sum(0).expand(5, -1))
+    with pytest.raises(PlacementError, match="row of 7 weights"):
+        quantise(layer(4, 7), "int4", "cpu")
+
+
+def test_the_adapter_learns_on_a_base_in_4_bits(items: list[Item], cache: Path, tmp_path: Path) -> None:
+    packed = run(items, cache, tmp_path / "packed", steps=12, quantise="int4")
+    (_, before), *_, (_, after) = packed.validation
+    assert after < 0.97 * before
+    again = run(items, cache, tmp_path / "parts", steps=5, quantise="int4")
+    assert again.losses == packed.losses[:5]
+    assert run(items, cache, tmp_path / "parts", steps=12, quantise="int4").losses == packed.losses
+    with safe_open(packed.path, "pt") as file:
+        assert json.loads(file.metadata()["cogloom.training"])["quantise"] == "int4"
 
 
 # --- the optimiser
