@@ -84,10 +84,10 @@ class Pruned:
     def words(self) -> list[str]:
         """Lines for a person, without the sizes."""
         would = "would be " if self.dry_run else ""
-        told = [("kept", self.kept), ("removed", self.removed)] + (
-            [("packed anew", self.repacked)] * bool(self.repacked)
-        )
-        return [f"{would}{what}: {', '.join(map(str, steps)) or 'none'}" for what, steps in told]
+        told = {"kept": self.kept, "removed": self.removed}
+        if self.repacked:
+            told["packed anew"] = self.repacked
+        return [f"{would}{what}: {', '.join(map(str, steps)) or 'none'}" for what, steps in told.items()]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "won": self.won}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .engine.checkpoints import DEMO, find_checkpoint, transformer_hash, transformer_weights
+from .engine.checkpoints import DEMO, find_checkpoint, hash_of_files, transformer_hash, transformer_weights
 from .engine.errors import UsageError
 from .engine.extract import extract
 from .engine.lora_kinds import LoRA, Module
@@ -26,8 +25,6 @@ from .engine.shrink import metadata
 from .engine.take import NEWEST, Adapted, Found, Whole, find, gather, nbytes_of
 from .host import Host
 from .workshop import device_from, dtype_from, free, step_of
-
-_SAMPLED = 64 << 20  # bytes; larger files count by size, head and samples, as bases do
 
 
 @dataclass(frozen=True)
@@ -177,21 +174,8 @@ def _difference(
 
 
 def _hash(found: Found) -> str:
-    """SHA-256 of the files, in order; of large ones, of size, head and 64 samples each, and then marked so."""
     files = [f for file in found.files for f in (sorted(file.glob("*_states.pt")) if file.is_dir() else [file])]
-    digest, sampled = hashlib.sha256(), False
-    for path in files:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            if size <= _SAMPLED:
-                digest.update(file.read())
-                continue
-            sampled = True
-            digest.update(str(size).encode())
-            for n in range(65):
-                file.seek(min(n * size // 64, size - (64 << 10)))
-                digest.update(file.read(64 << 10))
-    return ("sampled:" if sampled else "") + digest.hexdigest()
+    return hash_of_files(files)
 
 
 def _size(count: int) -> str:

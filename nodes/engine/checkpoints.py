@@ -364,14 +364,21 @@ def _hashed(config: Path, files: Iterable[Path]) -> str:
 
 @lru_cache(maxsize=64)
 def _fingerprint(config: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
-    import hashlib
-
-    digest, sampled = hashlib.sha256(), False
+    head = b""
     if config.is_file():
         plain = {k: v for k, v in _json(config).items() if not k.startswith("_")}  # not the version that wrote it
-        digest.update(json.dumps(plain, sort_keys=True).encode())
-    for name, size, _ in stamp:
-        with open(name, "rb") as file:
+        head = json.dumps(plain, sort_keys=True).encode()
+    return hash_of_files([Path(name) for name, _, _ in stamp], head)
+
+
+def hash_of_files(files: Iterable[Path], head: bytes = b"") -> str:
+    """SHA-256 of `head` and the files, in order; of large files, of size, head and samples each, and then marked so."""
+    import hashlib
+
+    digest, sampled = hashlib.sha256(head), False
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
             if size <= 64 << 20:
                 digest.update(file.read())
                 continue

@@ -20,8 +20,6 @@ from torch.nn.functional import linear
 
 from .errors import PlacementError
 
-KINDS = ("none", "int8", "int4", "nf4")
-OPTIMISERS = ("adamw", "adamw8bit")
 BLOCKS = "transformer_blocks."  # the few layers outside are small, and the picture hangs on them
 BLOCK = 256  # values of a moment in 8 bits that share a scale, in torchao and bitsandbytes alike
 SMALLEST = 4096  # values; a smaller moment stays in float32, in both
