@@ -222,6 +222,26 @@ def test_work_that_nobody_waits_for_is_stopped(host: LocalHost):
     assert ended.wait(10)
 
 
+def test_work_waits_until_what_was_stopped_before_has_let_go(host: LocalHost):
+    """Gradio calls the next at once, when the stopped one may still be in a step and hold its study's lock."""
+    step, before = threading.Event(), []
+
+    def slow() -> None:
+        host.progress(1, 2, "denoising")
+        assert step.wait(10)
+        before.append("slow")
+
+    stopped = Watch(host).run(slow)
+    next(stopped)
+    stopped.close()
+    following = Watch(LocalHost(output_folder=host.output_folder)).run(lambda: before.append("next"))
+    next(following)  # it reports that it waits
+    assert before == []
+    step.set()
+    list(following)
+    assert before == ["slow", "next"]
+
+
 def test_what_work_raises_is_raised_where_it_is_waited_for(host: LocalHost):
     def job() -> None:
         raise UsageError("no")

@@ -76,6 +76,9 @@ class Watch(Generic[T]):
             try:
                 if _warming:
                     _warming[0].join()  # two threads in one lazy import see it half done
+                for earlier in tuple(_ending):
+                    earlier.join()
+                    _ending.discard(earlier)
                 outcome["result"] = job()
             except BaseException as error:  # it is raised where it is waited for
                 outcome["error"] = error
@@ -99,6 +102,8 @@ class Watch(Generic[T]):
                 yield told
         finally:
             self.host.stop.set()  # closed, or done; who is done does not mind
+            if thread.is_alive():
+                _ending.add(thread)
         if "error" in outcome:
             raise outcome["error"]
         self.result = outcome["result"]
@@ -120,6 +125,10 @@ class Watch(Generic[T]):
 
 
 _warming: list[threading.Thread] = []
+
+# Work that was stopped ends within a step, but Gradio calls the next at once. What comes next waits for it in its own
+# thread; to wait where the generator is closed would hold up the server, which closes it in its event loop.
+_ending: set[threading.Thread] = set()
 
 
 def warm() -> None:
