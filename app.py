@@ -5,6 +5,11 @@ Every command is a thin face of a node function in `nodes/`.
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # what imports make stays; to look through it again and again is a quarter of the start
+
 import argparse
 import json
 import os
@@ -56,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bar = Bar()
     host.on_progress = bar
     previous = _stop_on_interrupt(host)
+    gc.freeze()
+    gc.enable()
     try:
         return args.run(host, args)
     except CogLoomError as error:

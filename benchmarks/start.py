@@ -36,6 +36,7 @@ def measured(browser: object, folder: Path) -> dict[str, float]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {**os.environ, **{f"COGLOOM_{name}": str(folder / name.lower()) for name in ("OUTPUT", "CACHE", "INPUT")}}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # who starts it a second time has the bytecode of the first
     command = [sys.executable, str(ROOT / "app.py"), "ui", "--port", str(port), "--no-open"]
     url = f"http://127.0.0.1:{port}/"
     started = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import gc
 import importlib.util
 import ipaddress
 import json
@@ -13,6 +13,8 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from importlib.machinery import PathFinder
 from typing import Any
 
 from nodes.engine import VERSION
@@ -96,11 +98,37 @@ def build(folders: LocalHost) -> Any:
             for name in ("adapters_tab", "workshop_tab", "workflows_tab", "train_tab"):
                 if importlib.util.find_spec(f"ui.{name}"):
                     importlib.import_module(f"ui.{name}").build(ui)
+
+        def asked_for() -> None:
+            warm()
+
+        page.load(asked_for, queue=False, show_progress="hidden", api_visibility="private")
         persist.build(ui, {name: one for tab in (render, compare, *studies) for name, one in tab.kept.items()})
+        _lighten(page)
     for component, update in ui.told:  # English until the page says otherwise
         for name, value in update("en").items():
             setattr(component, name, value)
     return page
+
+
+def _lighten(page: Any) -> None:
+    """What costs the browser seconds and shows nothing. Gradio's page searches the tree of all components for each one
+    that an event reports to, whenever the event begins, tells and ends, and whether or not the progress is shown; and
+    in the tree is one more component for each value that goes into or comes out of a named endpoint."""
+    from gradio.components.api_component import Api
+
+    for block in page.blocks.values():
+        if isinstance(block, Api) and block.parent is not None:
+            block.parent.children.remove(block)
+            block.get_config = partial(_unseen, block)
+    for event in page.fns.values():
+        if event.show_progress == "hidden":
+            event.show_progress_on = []
+
+
+def _unseen(block: Any, of: Any = None) -> dict[str, Any]:
+    """Its part in the page's configuration: what is not invisible, the page waits for."""
+    return {**type(block).get_config(block, of), "visible": False}
 
 
 _HEAD = """<div class="cl-title"><span class="cl-logo" aria-hidden="true"></span><h1>CogLoom</h1>
@@ -128,6 +156,7 @@ def serve(
     _check_free(listen, port)
     import uvicorn
 
+    gc.disable()  # a quarter of the start is looking through what stays anyway; on again when the page is there
     application = application_of(folders, port, listen, auth, mcp, queue, hosts)
     shown = f"http://{'127.0.0.1' if listen in ('0.0.0.0', *LOOPBACK) else listen}:{port}/"
 
@@ -135,16 +164,21 @@ def serve(
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             if self.started:
+                gc.freeze()
+                gc.enable()
                 print(f"CogLoom {VERSION}: {shown}  (Ctrl-C ends it)", flush=True)
-                warm()
                 if open_page:
                     import webbrowser
 
                     threading.Thread(target=webbrowser.open, args=(shown,), daemon=True).start()
 
     config = uvicorn.Config(application, host=listen, port=port, log_level="warning", timeout_graceful_shutdown=2)
-    with contextlib.suppress(KeyboardInterrupt):  # how uvicorn ends on Ctrl-C
+    try:
         Server(config).run()
+    except KeyboardInterrupt:  # how uvicorn ends on Ctrl-C
+        pass
+    finally:
+        gc.enable()
     return 0
 
 
@@ -166,6 +200,7 @@ def application_of(
     _quiet(folders)
     if mcp and importlib.util.find_spec("mcp") is None:
         raise UsageError("--mcp needs the package mcp: pip install 'gradio[mcp]'.")
+    _import_gradio()
     import gradio as gr
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -203,6 +238,37 @@ def _quiet(folders: LocalHost) -> None:
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str((folders.cache_folder / "app").resolve())
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+class _NoStubs:
+    """A finder of modules, for the time of one import.
+
+    Gradio writes a stub for editors beside each module of components: at every import it parses them all, renders the
+    stub and compares it, a third of its start. Nothing reads them here. There is no switch for it.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Any, target: Any = None) -> Any:
+        if name != "gradio.component_meta":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                load(module)
+                module.create_or_modify_pyi = lambda *_: None
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _import_gradio() -> None:
+    sys.meta_path.insert(0, _NoStubs)
+    try:
+        import gradio  # noqa: F401
+    finally:
+        sys.meta_path.remove(_NoStubs)
 
 
 def _checked_user(listen: str, auth: str | None) -> tuple[str, str] | None:
@@ -252,7 +318,7 @@ def _check_free(listen: str, port: int) -> None:
             raise UsageError(f"Port {port} of {listen} cannot be had ({error}); choose another with --port.") from None
 
 
-@functools.cache
+@cache
 def _theme() -> Any:
     """System fonts: Gradio's own would be fetched from Google."""
     import gradio as gr

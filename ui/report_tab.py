@@ -53,7 +53,7 @@ def build(ui: Ui) -> Tab:
         return choices(folders, chosen) | {"info": nothing_yet(folders, _known(language)) or text(
             "report_info", _known(language))}  # fmt: skip
 
-    gr.on([tab.select, ui.page.load, ui.language.change], reread, [ui.language, study], study, **QUICK)
+    gr.on([tab.select, ui.language.change], reread, [ui.language, study], study, **QUICK)
 
     def looked(language: str, chosen: Any) -> Any:
         if not chosen:

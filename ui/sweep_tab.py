@@ -211,7 +211,7 @@ def build(ui: Ui) -> Tab:
                 gr.update(choices=[NONE, *data], value=held if held in data else ""),
                 choices(folders, chosen))  # fmt: skip
 
-    gr.on([tab.select, ui.page.load], reread, [ui.language, trained, heldout, study], [trained, heldout, study],
+    tab.select(reread, [ui.language, trained, heldout, study], [trained, heldout, study],
           **QUICK)  # fmt: skip
 
     # --- work ---------------------------------------------------------------------------------------------------------

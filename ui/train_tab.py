@@ -113,7 +113,6 @@ def build(ui: Ui) -> None:
 
     # `always_last`: a page that was asleep looks once, not once for each second it missed.
     gr.on([clock.tick, tab.select, ui.language.change], looked, ui.language, state, trigger_mode="always_last", **QUICK)
-    ui.page.load(looked, ui.language, state, **QUICK)
 
     def reread(language: str, chosen: str | None) -> tuple[Any, Any]:
         return relisted(training.datasets(root), chosen), _found(root, language)

@@ -52,7 +52,7 @@ def build(ui: Ui) -> Tab:
         language = _known(language)
         return found | {"info": nothing_yet(folders, language) or text("report_info", language)}
 
-    gr.on([tab.select, ui.page.load, ui.language.change], reread, [ui.language, study], study, **QUICK)
+    gr.on([tab.select, ui.language.change], reread, [ui.language, study], study, **QUICK)
 
     def begin(language: str, name: Any, who: Any) -> Any:
         return _guarded(language, lambda: _next(folders, name, who, _known(language)))

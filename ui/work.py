@@ -74,8 +74,7 @@ class Watch(Generic[T]):
 
         def work() -> None:
             try:
-                if _warming:
-                    _warming[0].join()  # two threads in one lazy import see it half done
+                warm(at_once=True).join()  # two threads in one lazy import see it half done
                 for earlier in tuple(_ending):
                     earlier.join()
                     _ending.discard(earlier)
@@ -124,17 +123,22 @@ class Watch(Generic[T]):
         return (now - self._first[0]) / (share - self._first[1]) * (1 - share)
 
 
-_warming: list[threading.Thread] = []
-
 # Work that was stopped ends within a step, but Gradio calls the next at once. What comes next waits for it in its own
 # thread; to wait where the generator is closed would hold up the server, which closes it in its event loop.
 _ending: set[threading.Thread] = set()
 
+_warming: list[threading.Thread] = []
+_begin = threading.Lock()
+_hurry = threading.Event()
+REST = 1.5  # seconds
 
-def warm() -> None:
-    """Begin the imports that the first render needs: they take seconds, and the page is up already."""
+
+def warm(at_once: bool = False) -> threading.Thread:
+    """Begin, once, the imports that the first render needs and that take seconds. By itself a little after a page was
+    asked for: in the middle of it they would keep the server from answering what the page still asks."""
 
     def load() -> None:
+        _hurry.wait(REST)
         import diffusers
         import transformers
 
@@ -142,9 +146,13 @@ def warm() -> None:
             for name in names:
                 getattr(module, name, None)
 
-    if not _warming:
-        _warming.append(threading.Thread(target=load, name="cogloom-warm", daemon=True))
-        _warming[0].start()
+    with _begin:
+        if not _warming:
+            _warming.append(threading.Thread(target=load, name="cogloom-warm", daemon=True))
+            _warming[0].start()
+    if at_once:
+        _hurry.set()
+    return _warming[0]
 
 
 def picture(look: Look) -> str:

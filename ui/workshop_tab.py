@@ -207,7 +207,7 @@ def build(ui: Ui) -> None:
         return [relisted(some, one) for some, one in zip(found, chosen, strict=True)]
 
     lists = [adapter, tuned, run, base, heldout]
-    gr.on([tab.select, ui.page.load], reread, [ui.language, *lists], lists, **QUICK)
+    tab.select(reread, [ui.language, *lists], lists, **QUICK)
 
     def foreseen(language: str, tool: Any, *values: Any) -> dict[str, Any]:
         try:
