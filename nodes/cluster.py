@@ -61,10 +61,12 @@ def run_on_ray(
     workers: int | None = None,
     on_cell: Callable[[Cell], None] = lambda cell: None,
     anywhere: bool = False,
+    on_workers: Callable[[int], None] = lambda count: None,
 ) -> Study:
     """`study.run`, on Ray: the same files, but for the log. `address`: "auto" joins the cluster that is there, "local"
     starts one for this run, HOST:PORT and ray://HOST:PORT name one. `workers`: at most so many; by default one for each
-    GPU, or on the CPU as many as there are times the threads that this process computes with.
+    GPU, or on the CPU as many as there are times the threads that this process computes with; `on_workers` is told how
+    many that are.
 
     Raises:
         UsageError: no Ray, or no cluster there. StudyError: another process renders this study, no worker can, or a
@@ -82,6 +84,7 @@ def run_on_ray(
             bases.unload()  # nothing is rendered here, and workers of this machine need the memory
             with _connected(address, study.plan, workers) as ray:
                 places = _places(ray, study.plan, workers)
+                on_workers(places.count)
                 crew = _Crew(ray, places, host, study, start, missing, unmeasured, chosen, on_cell)
                 try:
                     crew.work()

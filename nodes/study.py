@@ -240,6 +240,15 @@ class Estimate:
             f"about {self.bytes / 1e6:,.0f} MB."
         )
 
+    def words_among(self, workers: int) -> str:
+        """The time again, when it is known how many share the work. Nobody takes less than one clip's."""
+        left = self.cells - self.done
+        shares = min(workers, left)
+        if self.seconds is None or shares < 2:
+            return f"{workers} {'worker' if workers == 1 else 'workers'}."
+        longest = -(-left // shares) / left
+        return f"{workers} workers: about {_minutes(self.seconds * longest)}, where each is as quick as this machine."
+
 
 def _minutes(seconds: float) -> str:
     if seconds < 90:

@@ -14,6 +14,7 @@ import torch
 from .engine.checkpoints import DEMO, find_checkpoint, hash_of_files, transformer_hash, transformer_weights
 from .engine.errors import UsageError
 from .engine.extract import extract
+from .engine.files import in_megabytes
 from .engine.lora_kinds import LoRA, Module
 from .engine.lora_scale import ALPHA_CAP
 from .engine.lora_write import SCALE_KEYS, best_target, check_name, write
@@ -44,7 +45,8 @@ class Taken:
         at = "" if self.step is None else f", step {self.step:,}"
         times = self.source_bytes / max(self.bytes, 1)
         less = f", {times:,.0f} times smaller" if times >= 2 else ""
-        return f"{_size(self.source_bytes)} -> {_size(self.bytes)}{less}: {self.kind}{at}, layout {self.layout}"
+        sizes = f"{in_megabytes(self.source_bytes)} -> {in_megabytes(self.bytes)}"
+        return f"{sizes}{less}: {self.kind}{at}, layout {self.layout}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -176,9 +178,3 @@ def _difference(
 def _hash(found: Found) -> str:
     files = [f for file in found.files for f in (sorted(file.glob("*_states.pt")) if file.is_dir() else [file])]
     return hash_of_files(files)
-
-
-def _size(count: int) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:,.2f} GB"
-    return f"{count / 1e6:,.{0 if count > 1e7 else 3}f} MB"

@@ -19,7 +19,7 @@ import torch
 from .engine import train_state
 from .engine.checkpoints import DEMO
 from .engine.errors import AdapterNotFound, ModelNotFound, UsageError
-from .engine.files import write_atomic
+from .engine.files import in_megabytes, write_atomic
 from .engine.finetune import OPTIMISERS, QUANTISED, SCHEDULES, TARGETS
 from .engine.lora_file import adapter_name, listed_in
 from .engine.lora_file import stamp as file_stamp
@@ -124,11 +124,7 @@ def _made(host: Host, path: Path, lines: Sequence[str], rows: Sequence[tuple[str
 def _smaller(before: int, after: int) -> str:
     """GB → MB, and how many times."""
     times = f", {before / after:.0f} times smaller" if after and before >= 2 * after else ""
-    return f"{_size(before)} → {_size(after)}{times}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+    return f"{in_megabytes(before)} → {in_megabytes(after)}{times}"
 
 
 def _fidelity(fidelity: Fidelity) -> tuple[list[str], list[tuple[str, str]]]:
@@ -331,7 +327,7 @@ def convert_lora(
 
     suffix = "" if LAYOUTS[layout].folder else ".safetensors"
     done = convert_layout(host, adapter, numbered(host.output_folder, name, suffix), layout)
-    lines = [f"{LAYOUTS[layout].title}; {_size(done.target_bytes)}, the same tensors to the bit", *done.notes]
+    lines = [f"{LAYOUTS[layout].title}; {in_megabytes(done.target_bytes)}, the same tensors to the bit", *done.notes]
     return _made(host, done.path, lines)
 
 
@@ -357,7 +353,7 @@ def bake_lora(
 
     done = bake_adapters(host, stack, numbered(host.output_folder, name, ""), checkpoint.removesuffix(ABSENT), dtype)
     folder = _below(host, done.folder)
-    lines = [folder, f"{_size(done.target_bytes)} in {len(done.files)} file{'s' * (len(done.files) > 1)}",
+    lines = [folder, f"{in_megabytes(done.target_bytes)} in {len(done.files)} file{'s' * (len(done.files) > 1)}",
              f"{len(done.changed)} parameters are not the base's"]  # fmt: skip
     if len(done.files) == 1:
         lines.append("CogVideoX Base from File can choose it at once")
@@ -599,7 +595,7 @@ def _trained(host: Host, path: Path, result: Result, expected: str) -> Shown:
     file = _below(host, path)
     words = [
         file,
-        f"{_size(path.stat().st_size)} after {result.steps:,} steps, {result.seconds / 60:.1f} min of training",
+        f"{in_megabytes(path.stat().st_size)} after {result.steps:,} steps, {result.seconds / 60:.1f} min of training",
     ]
     rows = []
     for step, held in result.validation:
@@ -690,11 +686,11 @@ def training_checkpoints(
     there = list_checkpoints(folder)
     rows = [
         [f"step {one.step}", ", ".join(one.why) or "–", *("–" if loss is None else f"{loss:.4f}" for loss in (
-            one.loss, one.validation)), _size(one.bytes), "–" if one.ratio is None else f"{one.ratio:.2f} ×"]
+            one.loss, one.validation)), in_megabytes(one.bytes), "–" if one.ratio is None else f"{one.ratio:.2f} ×"]
         for one in there
     ]  # fmt: skip
     words += [f"step {one.step}: {one.problem}" for one in there if one.problem and action != "verify"]
-    words.append(f"{len(there)} checkpoints, {_size(sum(one.bytes for one in there))}")
+    words.append(f"{len(there)} checkpoints, {in_megabytes(sum(one.bytes for one in there))}")
     columns = ["", "kept because", "loss", "held-out loss", "size", "state smaller"]
     table = {"columns": columns, "rows": rows, "words": words}
     text = "\n".join(words)

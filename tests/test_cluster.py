@@ -207,7 +207,11 @@ def test_two_workers_give_the_bytes_of_none(host: LocalHost, alone: LocalHost):
             open_ports.extend(one.laddr.ip for one in ports)
 
     host.on_progress = lambda done, total, what, look: said.append(what)
-    study = run_on_ray(host, begin(host, "s", plan), "local", METRICS, workers=2, on_cell=on_cell)
+    workers: list[int] = []
+    study = run_on_ray(
+        host, begin(host, "s", plan), "local", METRICS, workers=2, on_cell=on_cell, on_workers=workers.append
+    )
+    assert workers == [2]
     assert files_of(study) == files_of(here)
     assert len(files_of(study)) == 2 + 5 * 6
     logged = study.logged()

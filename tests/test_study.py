@@ -23,6 +23,7 @@ from nodes.host import LocalHost
 from nodes.model import choose_base
 from nodes.render import Shot, read_record, render
 from nodes.study import (
+    Estimate,
     begin,
     estimate,
     list_studies,
@@ -135,6 +136,15 @@ def test_a_plan_is_checked_before_anything_is_rendered(host: LocalHost):
 
 
 # --- rendering ---
+
+
+@pytest.mark.parametrize(
+    ("left", "seconds", "workers", "said"),
+    [(8, 400.0, 4, "4 workers: about 2 min,"), (9, 450.0, 4, "4 workers: about 2 min,"), (2, 120.0, 9, "about 60 s,"),
+     (8, None, 2, "2 workers."), (8, 400.0, 1, "1 worker.")],
+)  # fmt: skip
+def test_time_is_divided_by_those_who_share_the_work(left: int, seconds: float | None, workers: int, said: str):
+    assert said in Estimate(left + 3, 3, 4 * left, 0, seconds, 0).words_among(workers)
 
 
 def test_every_clip_is_what_it_is_alone_and_each_step_is_computed_once(host: LocalHost):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nodes.engine.errors import UsageError
+from nodes.engine.files import in_megabytes
 from ui.terminal import print_json, say
 
 if TYPE_CHECKING:
@@ -63,16 +64,16 @@ def _list(host: LocalHost, args: argparse.Namespace) -> int:
     for one in found:
         say(_line(one))
     packed = [one for one in found if one.ratio]
-    say(f"{len(found)} checkpoints, {_size(sum(one.bytes for one in found))}")
+    say(f"{len(found)} checkpoints, {in_megabytes(sum(one.bytes for one in found))}")
     if packed:
         states, whole = sum(one.state_bytes for one in packed), sum(one.whole_bytes for one in packed)
-        smaller = f"{_size(whole)} -> {_size(states)}, {whole / states:.2f} times smaller"
+        smaller = f"{in_megabytes(whole)} -> {in_megabytes(states)}, {whole / states:.2f} times smaller"
         say(f"{len(packed)} states as differences: {smaller}")
     return 0
 
 
 def _line(one: Kept) -> str:
-    said = f"{one.step}: {', '.join(one.why) or 'of an earlier version'}; {one.form}, {_size(one.bytes)}"
+    said = f"{one.step}: {', '.join(one.why) or 'of an earlier version'}; {one.form}, {in_megabytes(one.bytes)}"
     said += f", difference to {one.before}" if one.before else ""
     said += f", epoch {one.epoch:g}" if one.epoch is not None else ""
     said += f", loss {one.loss:.4g}" if one.loss is not None else ""
@@ -121,12 +122,6 @@ def _prune(host: LocalHost, args: argparse.Namespace) -> int:
         return 0
     for line in done.words():
         say(line)
-    won = f"{_size(done.won)} {'to win' if done.dry_run else 'won'}"
-    say(f"{_size(done.before_bytes)} -> {_size(done.after_bytes)}, {won}")
+    won = f"{in_megabytes(done.won)} {'to win' if done.dry_run else 'won'}"
+    say(f"{in_megabytes(done.before_bytes)} -> {in_megabytes(done.after_bytes)}, {won}")
     return 0
-
-
-def _size(count: int) -> str:
-    if abs(count) >= 1e9:
-        return f"{count / 1e9:,.2f} GB"
-    return f"{count / 1e6:,.{0 if abs(count) > 1e7 else 3}f} MB"

@@ -117,7 +117,8 @@ def _compare(host: LocalHost, args: argparse.Namespace) -> int:
     if args.render and args.ray:
         from nodes.cluster import run_on_ray
 
-        run_on_ray(host, study, args.ray, args.metric, anywhere=True)
+        run_on_ray(host, study, args.ray, args.metric, anywhere=True,
+                   on_workers=lambda count: tell(f"Ray: {cost.words_among(count)}"))  # fmt: skip
     elif args.render:
         run(host, study, args.metric, anywhere=True)
     return _concluded(host, study, args)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nodes.engine.errors import UsageError
+from nodes.engine.files import in_megabytes
 from ui.terminal import print_json, say
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _extract(host: LocalHost, args: argparse.Namespace) -> int:
     if args.json:
         print_json(done.to_json())
         return 0
-    say(f"{_size(done.source_bytes)} -> {_size(done.target_bytes)}, layout {done.layout}")
+    say(f"{in_megabytes(done.source_bytes)} -> {in_megabytes(done.target_bytes)}, layout {done.layout}")
     _say_fidelity(done.fidelity)
     if done.cast > 0.01:
         say(f"{min(done.cast, 1):.1%} of the difference is the base as rounded to the fine-tune's precision and no "
@@ -216,8 +217,10 @@ def _say_merged(args: argparse.Namespace, done: Any, effect: Any = None) -> int:
     if args.json:
         print_json({**done.to_json(), **({} if effect is None else {"effect": effect._asdict()})})
         return 0
-    say(f"{_size(done.source_bytes)} -> {_size(done.target_bytes)}, {done.before:,} -> {done.after:,} ranks in all, "
-        f"layout {done.layout}")  # fmt: skip
+    say(
+        f"{in_megabytes(done.source_bytes)} -> {in_megabytes(done.target_bytes)}, {done.before:,} -> {done.after:,} "
+        f"ranks in all, layout {done.layout}"
+    )
     if done.fidelity.kept:
         _say_fidelity(done.fidelity)
     if effect is not None:
@@ -237,8 +240,8 @@ def _bake(host: LocalHost, args: argparse.Namespace) -> int:
     if args.json:
         print_json(done.to_json())
         return 0
-    say(f"{len(done.changed)} parameters have the adapters in them; {_size(done.target_bytes)} in {len(done.files)} "
-        f"file{'s' if len(done.files) > 1 else ''}")  # fmt: skip
+    files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
+    say(f"{len(done.changed)} parameters have the adapters in them; {in_megabytes(done.target_bytes)} in {files}")
     say(str(done.folder))
     return 0
 
@@ -277,7 +280,7 @@ def _convert(host: LocalHost, args: argparse.Namespace) -> int:
         return 0
     for note in done.notes:
         say(note)
-    say(f"{_size(done.source_bytes)} -> {_size(done.target_bytes)}")
+    say(f"{in_megabytes(done.source_bytes)} -> {in_megabytes(done.target_bytes)}")
     say(str(done.path))
     return 0
 
@@ -298,9 +301,3 @@ def _say_fidelity(fidelity: Fidelity) -> None:
     say("largest relative errors: " + ", ".join(
         f"{block if block == 'other' else f'block {block}'} {blocks[block]:.3g}" for block in worst
     ))  # fmt: skip
-
-
-def _size(count: int) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:,.2f} GB"
-    return f"{count / 1e6:,.{0 if count > 1e7 else 3}f} MB"

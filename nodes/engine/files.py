@@ -150,3 +150,10 @@ def _taken(file: int) -> bool:
         # Where a file system has no locks, nobody can be kept out.
         return error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
     return True
+
+
+def in_megabytes(count: int) -> str:
+    """Bytes as a person reads them: "0.177 MB", "118 MB", "11.26 GB"."""
+    if abs(count) >= 1e9:
+        return f"{count / 1e9:,.2f} GB"
+    return f"{count / 1e6:,.{0 if abs(count) > 1e7 else 3}f} MB"

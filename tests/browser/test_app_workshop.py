@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Route, expect
 
+from nodes.engine.dataset import scan
+from nodes.engine.finetune import train
+
+from ..engine.test_finetune import settings, tiny_base, write_items
 from ..ui_server import Server, serving
 from .app_page import AppPage
 from .canvas import ARTEFACTS
@@ -117,7 +122,15 @@ def test_a_stack_becomes_an_adapter_that_every_tab_has(app: AppPage, server: Ser
     app.add("b-and-b")
     assert app.rows()[-1][0] == "neon -b-and-b- bounce"
     app.page.get_by_role("tab", name="Adapters", exact=True).click()
-    expect(app.page.locator("#cl-adapter-grid")).to_contain_text("neon -b-and-b- bounce")
+    app.page.locator("#cl-adapter-grid .cm-adapter").filter(has_text="neon -b-and-b- bounce").click()
+    family = app.page.locator("#cl-adapter-lineage .cm-lineage > li")
+    parents = app.page.locator("#cl-adapter-lineage .cm-lineage > li[aria-level='1']")
+    for parent in ("neon", "bounce"):
+        expect(parents.filter(has_text=parent)).to_contain_text("the same to the bit")
+    app.screenshot("lineage")
+    app.page.locator("#cl-adapter-grid .cm-adapter").filter(has_text="sunset").click()
+    expect(app.page.locator("#cl-adapter-card h3")).to_have_text("sunset")
+    expect(family.filter(has_text="bounce")).to_have_count(0)
 
 
 def test_each_tool_asks_for_its_own(app: AppPage):
@@ -169,3 +182,39 @@ def test_on_a_phone_at_night_in_chinese_by_the_keyboard(chromium: Browser, serve
     assert app.page.evaluate(unnamed) == []
     app.close()
     app.quiet()
+
+
+@pytest.fixture(scope="module")
+def run(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five checkpoints of a real training."""
+    items = scan(write_items(tmp_path_factory.mktemp("data"), clips=2))
+    given = settings(steps=5, checkpoint_every=1, batch_size=1, target_modules=("to_q",))
+    train(tiny_base(), items, given, server.output / "training" / "toy", tmp_path_factory.mktemp("cache"))
+    return server.output / "training" / "toy"
+
+
+def test_checkpoints_of_a_training_are_seen_brought_back_and_let_go(app: AppPage, run: Path):
+    page = app.page
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.locator("#cl-runs button").first.click()
+    page.locator("#cl-runs-run input").click()
+    page.get_by_role("option", name="toy", exact=True).click()
+    rows = page.locator("#cl-runs-table tbody tr")
+    expect(rows).to_have_count(5)
+    expect(rows.last).to_contain_text("last")
+    page.locator("#cl-runs-name").locator("textarea, input").first.fill("../toy")
+    page.locator("#cl-runs-restore").click()
+    expect(page.locator("#cl-runs-told")).to_contain_text("no dots, slashes")
+    page.locator("#cl-runs-name").locator("textarea, input").first.fill("again")
+    page.locator("#cl-runs-restore").click()
+    expect(page.locator("#cl-runs-told")).to_contain_text("again has step 5, to the bit")
+    app.screenshot("checkpoints")
+    assert (run.parent / "again").is_dir()
+    for word in ("the last", "those that training would keep"):
+        page.locator("#cl-runs-keep").get_by_label(word).click()
+    page.locator("#cl-runs-foresee").click()
+    expect(page.locator("#cl-runs-told")).to_contain_text("4 would go")
+    expect(rows).to_have_count(5)
+    page.locator("#cl-runs-prune").click()
+    expect(page.locator("#cl-runs-told")).to_contain_text("4 are gone")
+    expect(rows).to_have_count(1)
