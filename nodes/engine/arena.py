@@ -97,6 +97,7 @@ class Arenas:
         self._scales: np.ndarray = np.empty((0, 0), np.float32)
         self._slot_of_row: np.ndarray = np.empty(0, np.int64)
         self._table = torch.empty(0)
+        self._row: np.ndarray | None = None  # the same memory, where it is on the processor
 
     @property
     def nbytes(self) -> int:
@@ -198,6 +199,7 @@ class Arenas:
             self._table.copy_(table)
             return
         self._table = table = table.to(self._device)
+        self._row = table.numpy() if table.device.type == "cpu" else None
         for path, row in zip(self._order, table.unbind() * (len(self._order) // len(table)), strict=True):
             self._layers[path].s = row
 
@@ -205,7 +207,10 @@ class Arenas:
         """One number per slot, the same in every layer: what a slider does, and all it costs. On the processor, for a
         GPU takes longer to begin each of these operations than they last; one copy is left for it."""
         spread = np.array([*weights, 0.0], np.float32)[self._slot_of_row]
-        self._table.copy_(torch.from_numpy(self._scales * spread))
+        if self._row is not None:
+            np.multiply(self._scales, spread, out=self._row)
+        else:
+            self._table.copy_(torch.from_numpy(self._scales * spread))
 
     def _rows(self, layout: Layout) -> int:
         return max(layout.rows, self._fixed)
@@ -248,7 +253,7 @@ class Arenas:
         if len(scales) > 1 and bool((scales == scales[0]).all()):
             scales = scales[:1]
         self._scales, self._slot_of_row = scales, slot_of_row
-        self._table = torch.empty(0)  # layers are given their rows anew
+        self._table, self._row = torch.empty(0), None  # layers are given their rows anew
 
 
 def _factors(module: Module) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,6 +52,8 @@ class Held(NamedTuple):
         return math.fsum(s if isinstance(s, (int, float)) else s.weight for s in self.strengths)
 
     def of(self, path: str) -> float:
+        if len(self.strengths) == 1 and type(self.strengths[0]) is float:
+            return self.strengths[0]
         # fsum rounds once, so that the order of three weights cannot show.
         return math.fsum(s if isinstance(s, (int, float)) else s.of(path) for s in self.strengths)
 
