@@ -42,6 +42,24 @@ def begun(job: Any) -> None:
     raise AssertionError(f"it ended without a step: {job.result()}")
 
 
+def test_the_page_has_nothing_in_it_that_only_programs_use(server: Server):
+    """Gradio's page goes through all of its tree for each output of each event: it was a third of the time to start."""
+    config: dict[str, Any] = client(server).config
+
+    def ids(node: dict[str, Any]) -> Iterator[int]:
+        yield node["id"]
+        for child in node.get("children", ()):
+            yield from ids(child)
+
+    values = [one for one in config["components"] if one["type"] == "api"]
+    assert len(values) > 100
+    assert {one["id"] for one in values}.isdisjoint(ids(config["layout"]))
+    assert not any(one["props"]["visible"] for one in values)  # or the page would wait for them
+    quiet = [one for one in config["dependencies"] if one["show_progress"] == "hidden"]
+    assert len(quiet) > 50
+    assert all(one["show_progress_on"] == [] for one in quiet)
+
+
 def test_a_clip_by_name_is_the_one_that_its_workflow_makes(server: Server, host: LocalHost, tmp_path: Path):
     made = client(server).predict(PROMPT, ["neon:0.8"], seed=5, steps=3, api_name="/render")
     record = made["record"]
