@@ -45,8 +45,8 @@ class Taken:
         at = "" if self.step is None else f", step {self.step:,}"
         times = self.source_bytes / max(self.bytes, 1)
         less = f", {times:,.0f} times smaller" if times >= 2 else ""
-        sizes = f"{in_megabytes(self.source_bytes)} -> {in_megabytes(self.bytes)}"
-        return f"{sizes}{less}: {self.kind}{at}, layout {self.layout}"
+        before, after = in_megabytes(self.source_bytes), in_megabytes(self.bytes)
+        return f"{before} -> {after}{less}: {self.kind}{at}, layout {self.layout}"
 
     def to_json(self) -> dict[str, Any]:
         return {

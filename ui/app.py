@@ -223,7 +223,8 @@ def application_of(
         footer_links=["api"], theme=_theme(), head=_page_head(), show_error=True,
     )  # fmt: skip
     if mcp and not page.mcp_server:  # Gradio goes on without it, and would say so only where it was launched
-        raise UsageError(f"--mcp cannot be: {page.mcp_error or 'unknown why'}. pip install 'gradio[mcp]' has what fits.")
+        why = page.mcp_error or "Gradio does not say why"
+        raise UsageError(f"--mcp cannot be: {why}. pip install 'gradio[mcp]' has what fits.")
     # Gradio looks whether a file that a page names is an upload of its own only in Blocks that were launched, and these
     # are mounted: without this, any file of the machine could be named.
     page.has_launched = True
