@@ -37,7 +37,7 @@ from .engine.lineage import recorded
 from .engine.lora_file import Adapter, fit, stamp
 from .engine.lora_stack import Entry, LoraStack
 from .engine.lora_write import SCALE_KEYS, TARGETS, write
-from .engine.lowrank import Cut
+from .engine.lowrank import Cut, Fidelity
 from .engine.merge import Merged, Rule, merge, resize, spectra
 from .engine.pipeline import Base, bases, pristine_files
 from .engine.pristine import PristineFiles
@@ -250,19 +250,34 @@ def spectrum_svg(
 ) -> str:
     """The singular values of each layer as an SVG picture; with a cut, what a resize to it would keep, as the resize
     itself has it. Raises AdapterError, StackError, UsageError, Cancelled"""
-    path = find_adapter(host, name, anywhere)
-    adapter, where = adapter_cache().get(path), device_from(device)
-    found = spectra(adapter, where, step_of(host))
-    if not found:
-        raise UsageError(f"{adapter.name} has no matrices to take apart: it is {adapter.kind}.")
-    kept = None
+    adapter, where = adapter_cache().get(find_adapter(host, name, anywhere)), device_from(device)
+    fidelity = None
     if cut != Cut():
         host.temp_folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             prefix="spectrum-", dir=host.temp_folder, ignore_cleanup_errors=True
         ) as folder:
-            done = resize(adapter, Path(folder) / "x.safetensors", cut, device=where, step=step_of(host))
-        kept = {one.name: (one.rank, max(0.0, 1 - one.relative**2)) for one in done.fidelity.kept}
+            fidelity = resize(adapter, Path(folder) / "x.safetensors", cut, device=where, step=step_of(host)).fidelity
+    drawn = _drawn(host, adapter, where, cut, fidelity)
+    if not drawn:
+        raise UsageError(f"{adapter.name} has no matrices to take apart: it is {adapter.kind}.")
+    return drawn
+
+
+def resized_svg(host: Host, name: str, done: Merged, cut: Cut, device: str = "auto") -> str:
+    """`spectrum_svg` of an adapter that was resized to `done` just now; "" where it has no matrices to take apart.
+
+    Raises:
+        AdapterError, Cancelled
+    """
+    return _drawn(host, adapter_cache().get(find_adapter(host, name)), device_from(device), cut, done.fidelity)
+
+
+def _drawn(host: Host, adapter: Adapter, device: torch.device, cut: Cut, fidelity: Fidelity | None) -> str:
+    found = spectra(adapter, device, step_of(host))
+    if not found:
+        return ""
+    kept = fidelity and {one.name: (one.rank, max(0.0, 1 - one.relative**2)) for one in fidelity.kept}
     return picture(layers(found, kept), f"{adapter.name}: singular values of each layer", str(cut) if kept else None)
 
 

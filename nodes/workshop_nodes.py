@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -297,17 +298,21 @@ def resize_lora(
     name: Prefix = "loras/resized",
 ) -> Shown:  # fmt: skip
     """A LoRA with fewer ranks, by SVD of what it adds, the best that so many ranks can be. Says the error of each
-    block."""
-    from .workshop import effects, resize_adapter
+    block, and draws the layers' singular values with where they were cut."""
+    from .workshop import effects, resize_adapter, resized_svg
 
+    cut = _cut(keep, rank, energy, size_mb)
     done = resize_adapter(
-        host, adapter, numbered(host.output_folder, name, ".safetensors"), _cut(keep, rank, energy, size_mb), dtype,
-        _device(host),
+        host, adapter, numbered(host.output_folder, name, ".safetensors"), cut, dtype, _device(host)
     )  # fmt: skip
     told = effects(host, find_adapter(host, adapter), done.path)
-    return _merged(host, done, () if told is None else (
+    shown = _merged(host, done, () if told is None else (
         f"effect ‖ΔW‖/‖W‖ on {told.base}: {told.before:.3g} → {told.after:.3g}, {told.apart:.2g} between them",
     ))  # fmt: skip
+    drawn = resized_svg(host, adapter, done, cut, _device(host))
+    if not drawn:
+        return shown
+    return replace(shown, ui={**shown.ui, "cogloom_picture": [{"svg": drawn, "alt": "singular values of each layer"}]})
 
 
 @node(

@@ -170,6 +170,10 @@ def test_a_resize_is_smaller_and_near(host: Watched, folder: Path):
     shown = run(host, "CogLoomResize", adapter="one", keep="rank", rank=2, name="loras/sub/small")
     assert shown.outputs[1] == "loras/sub/small_00001_.safetensors"
     assert read_made(host, shown).ranks == (2,)
+    (drawn,) = shown.ui["cogloom_picture"]
+    layers = len(read_made(host, shown).modules)
+    assert drawn["svg"].count("<polyline") == drawn["svg"].count("<circle") == layers
+    assert "2 of 4 ranks have" in drawn["svg"]
     whole = run(host, "CogLoomResize", adapter="one", keep="energy", energy=1.0)
     assert torch.allclose(clip(host, whole.outputs[0]), clip(host, stack(host, ("one", 1.0))), atol=1e-5)
     by_size = run(host, "CogLoomResize", adapter="one", keep="size", size_mb=0.012)

@@ -1,4 +1,4 @@
-/** What a node has to say after a run: a table of numbers, and lines of text. The front end shows neither by itself. */
+/** What a node has to say after a run: a picture, a table of numbers, lines of text. The front end shows none by itself. */
 
 import { app } from "../../scripts/app.js";
 import { passToCanvas } from "./canvas.js";
@@ -12,7 +12,7 @@ const WIDTH = 480; // px that a table needs at the least
 
 const made = new WeakMap(); // node -> {element, shown: what it shows, as a text}
 
-/** After a run: `output` is what the node sent, {text, cogloom_table}. */
+/** After a run: `output` is what the node sent, {text, cogloom_table, cogloom_picture}. */
 export function showSaid(id, output, text) {
   const node = nodeById(id);
   if (node && OURS.test(node.type)) fill(node, output, text);
@@ -28,18 +28,25 @@ export function restoreSaid(text) {
 
 function fill(node, output, text) {
   const [table] = output?.cogloom_table ?? [];
+  const [picture] = output?.cogloom_picture ?? [];
   const lines = table?.words ?? output?.text?.flatMap?.((said) => String(said).split("\n")) ?? [];
   if (!lines.length) return;
-  const shown = JSON.stringify([table, lines]);
+  const shown = JSON.stringify([table, lines, picture]);
   if (made.get(node)?.shown === shown) return;
   if (!made.has(node)) made.set(node, add(node, table ? TABLE : LINES, table ? WIDTH : 0, text));
   const known = made.get(node);
   known.shown = shown;
   known.element.replaceChildren(
+    ...(picture ? [pictured(picture)] : []),
     ...(table?.rows?.length ? [drawn(table)] : []),
     ...lines.map((line) => make("p", {}, line)),
   );
   known.element.scrollTop = 0;
+}
+
+/** As an image, where nothing in it can run. */
+function pictured({ svg, alt }) {
+  return make("img", { class: "cogloom-told-picture", src: `data:image/svg+xml,${encodeURIComponent(svg)}`, alt });
 }
 
 function drawn({ columns, rows }) {

@@ -73,3 +73,21 @@ def test_lines_are_text_and_nothing_else(canvas: Canvas):
     expect(said.locator("p")).to_have_text(["<b>bold</b>", "second"])
     expect(said.locator("b")).to_have_count(0)
     expect(said).to_have_count(1)
+
+
+def test_a_resize_draws_what_it_cut(canvas: Canvas):
+    node = canvas.add(
+        "CogLoomResize", 100, 100, adapter="neon.safetensors", rank=4, name=f"drawn/{canvas.mode}".replace(".", "-")
+    )
+    canvas.show(node, scale=0.8, x=500, y=60)
+    canvas.run()
+    picture = canvas.page.locator(".cogloom-told img")
+    expect(picture).to_have_attribute("alt", "singular values of each layer")
+    # It was decoded, and is as wide as the node has room.
+    canvas.page.wait_for_function("() => document.querySelector('.cogloom-told img')?.naturalWidth > 300")
+    box, room = picture.bounding_box(), canvas.box(node)
+    assert box is not None
+    assert room["x"] <= box["x"]
+    assert box["x"] + box["width"] <= room["x"] + room["width"]
+    expect(canvas.page.locator(".cogloom-told table")).to_have_count(1)
+    canvas.screenshot("resize")
