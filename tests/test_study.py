@@ -293,6 +293,7 @@ def test_the_held_out_loss_is_kept_by_arm_and_asked_once(host: LocalHost, tmp_pa
     assert "held_out_loss" in study.metrics()
 
 
+@pytest.mark.heavy
 def test_measuring_again_adds_what_is_new(host: LocalHost):
     study = run(host, begin(host, "s", small(host, "neon")), ["motion"])
     from nodes.engine import measures

@@ -26,6 +26,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join((out + err).split())
 
 
+@pytest.mark.heavy
 def test_a_study_from_plan_to_report_and_votes(studies: Path, capsys: pytest.CaptureFixture[str]):
     command = ["compare", "neon", "both=neon + bounce:0.5", *SMALL]
     assert app.main([*command, "--dry-run"]) == 0

@@ -33,6 +33,7 @@ def test_captions_can_leave_things_out():
     assert caption(replace(scene, style="neon")).endswith("background, neon")
 
 
+@pytest.mark.heavy
 def test_the_reader_is_right_on_painted_scenes_even_with_noise():
     rng = random.Random(1)
     wrong = []
@@ -45,6 +46,7 @@ def test_the_reader_is_right_on_painted_scenes_even_with_noise():
     assert wrong == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_the_reader_sees_what_adapters_bring(size: str, background: str):

@@ -94,7 +94,11 @@ def most(name: str) -> dict[str, tuple[int, int]]:
     return ATTENTION | FEED_FORWARD if layers >= {*FEED_FORWARD} else ATTENTION
 
 
-@pytest.mark.parametrize("targets", [ATTENTION, ATTENTION | FEED_FORWARD], ids=["attention", "attention and ff"])
+@pytest.mark.parametrize(
+    "targets",
+    [pytest.param(ATTENTION, id="attention", marks=pytest.mark.heavy),
+     pytest.param(ATTENTION | FEED_FORWARD, id="attention and ff")],
+)  # fmt: skip
 def test_one_adapter_in_every_spelling_makes_one_video(
     tmp_path: Path, tiny_host: LocalHost, targets: dict[str, tuple[int, int]]
 ) -> None:

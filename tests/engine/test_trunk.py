@@ -28,12 +28,12 @@ LATE = "neon:1[steps=held 1@0.4]"  # from step 4 of 10 on: 4/9 is the first posi
     ("first", "second", "shared"),
     [
         ([], [LATE], 4),
-        ([LATE], [], 4),  # in either order
+        pytest.param([LATE], [], 4, marks=pytest.mark.heavy),  # in either order
         ([LATE], [LATE, "sunset:0.5[steps=held 1@0.8]"], 8),
         (["bounce:1"], ["bounce:1", LATE], 4),  # one fused, and one that is stacked later
-        (["bounce:1"], ["bounce:0.5"], 0),
+        pytest.param(["bounce:1"], ["bounce:0.5"], 0, marks=pytest.mark.heavy),
         (["neon:1", "bounce:0.5"], ["bounce:0.5", "neon:1"], 10),
-        (["neon:0.5[blocks=attn:1]"], ["neon:0.5"], 0),
+        pytest.param(["neon:0.5[blocks=attn:1]"], ["neon:0.5"], 0, marks=pytest.mark.heavy),
     ],
 )
 def test_each_clip_has_the_bits_that_it_has_alone(first: list[str], second: list[str], shared: int):
@@ -49,7 +49,7 @@ def test_each_clip_has_the_bits_that_it_has_alone(first: list[str], second: list
     [
         replace(SHOT, seed=2),
         replace(SHOT, prompt="a small red square on a gray background"),
-        replace(SHOT, negative="blurry"),
+        pytest.param(replace(SHOT, negative="blurry"), marks=pytest.mark.heavy),
         replace(SHOT, frames=17),
     ],
 )
