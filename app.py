@@ -61,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bar = Bar()
     host.on_progress = bar
     previous = _stop_on_interrupt(host)
-    gc.freeze()
-    gc.enable()
+    if not gc.isenabled():  # and not where a program calls this: what it may throw away would be kept for good
+        gc.freeze()
+        gc.enable()
     try:
         return args.run(host, args)
     except CogLoomError as error:

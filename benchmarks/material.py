@@ -114,7 +114,7 @@ class Materials:
             del model
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-        except BaseException:
+        except BaseException:  # also Ctrl-C: half a base would be taken for a whole one
             shutil.rmtree(part, ignore_errors=True)
             raise
         return target

@@ -157,7 +157,11 @@ def serve(
     import uvicorn
 
     gc.disable()  # a quarter of the start is looking through what stays anyway; on again when the page is there
-    application = application_of(folders, port, listen, auth, mcp, queue, hosts)
+    try:
+        application = application_of(folders, port, listen, auth, mcp, queue, hosts)
+    except BaseException:  # it goes on to whoever called
+        gc.enable()
+        raise
     shown = f"http://{'127.0.0.1' if listen in ('0.0.0.0', *LOOPBACK) else listen}:{port}/"
 
     class Server(uvicorn.Server):

@@ -130,9 +130,7 @@ class Settings:
     sample_every: int = 0  # optimiser steps between clips on the way; 0: none
     sample_steps: int = 20  # denoising steps of such a clip
     sample_prompts: tuple[str, ...] = ()  # what they show; none: captions of clips that are held out
-    quantise: str = (
-        "none"  # the base's weights while it is trained on: none, int8 or int4 (torchao), nf4 (bitsandbytes)
-    )
+    quantise: str = "none"  # the base's weights while it is trained on: none, int8, int4 (torchao), nf4 (bitsandbytes)
     buckets: tuple[str, ...] = ()  # sizes besides width x height and frames, WxH or WxHxF, or auto; none: one size
     title: str = ""
     trigger_words: tuple[str, ...] = ()
@@ -622,7 +620,7 @@ class _Trainer:
     def __enter__(self) -> _Trainer:
         try:
             self._prepare()
-        except BaseException:
+        except BaseException:  # `__exit__` is not called where `__enter__` failed
             self.undo.close()
             raise
         return self

@@ -290,7 +290,7 @@ class Switch:
                 try:
                     self._arenas.reserve(rank, chosen)
                     self._weigh(self._arenas.layout, self.held)
-                except BaseException:
+                except BaseException:  # half written: the owner drops this base and loads it again
                     self.spoiled = True
                     raise
 
@@ -334,7 +334,7 @@ class Switch:
                     rows_done.append(path)
                     self._arenas.write(path, layout)
                 self._weigh(layout, target.held)
-            except BaseException:
+            except BaseException:  # also a stop: the earlier stack is active again, whatever it was
                 self._roll_back(fused_done, rows_done, earlier, held)
                 raise
             finally:

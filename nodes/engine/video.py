@@ -488,6 +488,6 @@ def ffmpeg(arguments: list[str], stdin: int, stdout: int) -> Iterator[tuple[Any,
 
         try:
             yield process, finish
-        except BaseException:
+        except BaseException:  # also a stop: FFmpeg would wait for frames for ever
             process.kill()
             raise
