@@ -10,6 +10,7 @@ fails puts the earlier stack back before it raises.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -250,7 +251,7 @@ class Switch:
         self._peaks: list[float] = []  # of each slot: no element of a difference is larger at weight 1
         self._sliders: dict[int, int] = {}  # id of an adapter -> its slot, when weights are all that may be new
         self.norms = Norms(pristine, self._targets)
-        self.read_ahead = 1 << 20  # bytes; weights from this size on are worth a thread that reads the next one
+        self.ahead: bool | None = None  # whether a second thread prepares the next weight; None: where it is worth it
         self.held: tuple[Held, ...] = ()  # what the transformer holds now
         self._names: tuple[tuple[str, float], ...] = ()
         self.spoiled = False
@@ -412,36 +413,46 @@ class Switch:
         names, owners = target.changed, [held.adapter.name for held in target.held]
         weights = [_storage(*self._owners[name]) for name in names]
         parts = [target.fused.get(name, ()) for name in names]
+        ahead = _worth_a_thread(weights) if self.ahead is None else self.ahead
+        rooms = Room(in_pieces=ahead), Room(in_pieces=ahead)
 
-        def begin(n: int) -> Future[None]:
+        def prepare(n: int) -> Summands:
+            self._pristine.into(names[n], weights[n])
+            with torch.no_grad():  # each thread has its own
+                return summands(weights[n], parts[n], rooms[n % 2])
+
+        def begin(n: int) -> Future[Summands]:
             check()
             done.append(names[n])
-            return reader.submit(self._pristine.into, names[n], weights[n])
+            return helper.submit(prepare, n)
 
-        if not any(weight.device.type == "cpu" and weight.nbytes >= self.read_ahead for weight in weights):
+        if not (ahead and names):
             for name, share in zip(names, parts, strict=True):
                 check()
                 done.append(name)
-                self._write(name, share, owners)
+                self._write(name, share, owners, rooms[0])
             return
-        # The file is read into the next weight while the product for this one is made: one thread copies, one computes.
-        with ThreadPoolExecutor(1) as reader:  # which ends, also after an error, before anything is undone
+        # The file is read into the next weight, and its factors are put side by side, while the product for this one is
+        # made: one thread copies, one computes.
+        with ThreadPoolExecutor(1) as helper:  # which ends, also after an error, before anything is undone
             coming = begin(0)
             for n, name in enumerate(names):
-                coming.result()
+                ready = coming.result()
                 if n + 1 < len(names):
                     coming = begin(n + 1)
-                self._sum(name, weights[n], parts[n], owners)
+                self._sum(name, weights[n], parts[n], ready, owners)
 
-    def _write(self, name: str, parts: tuple[Part, ...], owners: Sequence[str] = ()) -> None:
+    def _write(self, name: str, parts: tuple[Part, ...], owners: Sequence[str] = (), room: Room | None = None) -> None:
         weight = _storage(*self._owners[name])
         self._pristine.into(name, weight)
-        self._sum(name, weight, parts, owners)
+        self._sum(name, weight, parts, summands(weight, parts, room), owners)
 
-    def _sum(self, name: str, weight: torch.Tensor, parts: tuple[Part, ...], owners: Sequence[str]) -> None:
+    def _sum(
+        self, name: str, weight: torch.Tensor, parts: tuple[Part, ...], ready: Summands, owners: Sequence[str]
+    ) -> None:
         if not parts:
             return
-        add(weight, parts)
+        _add(weight, ready)
         # A sum can only leave the dtype's range when a part could, which the factors tell beforehand; fp16 is narrow.
         bound = math.fsum(abs(w) * module.bound for module, w in parts)
         if weight.dtype == torch.float16 or not bound < 1e30:
@@ -495,23 +506,73 @@ class Switch:
                 self._pristine.release()
 
 
+class Room:
+    """Memory for the factors of one layer, used again for the next: in memory that is fresh for each layer page faults
+    cost a twentieth of a fuse."""
+
+    def __init__(self, in_pieces: bool = False) -> None:
+        """`in_pieces` keeps torch from sharing one copy out among several threads: beside the product that another
+        thread makes, they only get in its way (a tenth of a fuse, with as many threads as cores)."""
+        self.in_pieces = in_pieces
+        self._flat: dict[str, torch.Tensor] = {}
+
+    def cut(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """An empty matrix; what was cut under this name before is overwritten."""
+        flat, count = self._flat.get(name), math.prod(shape)
+        if flat is None or flat.numel() < count or flat.dtype != dtype or flat.device != device:
+            flat = self._flat[name] = torch.empty(count, dtype=dtype, device=device)
+        return flat[:count].view(shape)
+
+    def put(self, target: torch.Tensor, source: torch.Tensor, scale: float = 1.0) -> None:
+        """target = scale * source, rounded in the type of `source`, then to that of `target`."""
+        rows = max(1, _SHARED_OUT // source.shape[1]) if self.in_pieces else len(source)
+        for start in range(0, len(source), rows):
+            here = slice(start, start + rows)
+            if scale == 1.0:
+                target[here].copy_(source[here])
+            else:
+                torch.mul(source[here].to(target.device), scale, out=target[here])
+
+
+_SHARED_OUT = 32767  # elements; torch gives more than these to several threads (at::internal::GRAIN_SIZE)
+
+
+class Summands(NamedTuple):
+    """What a weight's parts add up from, ready for the one product: `alpha` · `up` · `down`, and what is not low-rank,
+    all in the dtype `compute`."""
+
+    compute: torch.dtype
+    low_rank: tuple[torch.Tensor, torch.Tensor, float] | None
+    rest: tuple[Part, ...]
+
+
 def add(weight: torch.Tensor, parts: tuple[Part, ...]) -> None:
     """Add the parts to the pristine weight, in place, with one rounding of the whole sum to its dtype: one per adapter
     would leave 42 % of four adapters' elements off the correctly rounded sum."""
-    device, dtype = weight.device, weight.dtype
+    _add(weight, summands(weight, parts))
+
+
+def summands(weight: torch.Tensor, parts: tuple[Part, ...], room: Room | None = None) -> Summands:
+    """The first half of `add`, which leaves the weight alone; valid until `room` is used again."""
     low_rank = [(module, w * module.strength) for module, w in parts if module.kind == "lora"]
-    rest = [(module, w) for module, w in parts if module.kind != "lora"]
+    rest = tuple((module, w) for module, w in parts if module.kind != "lora")
     # In half precision the product accumulates in float32 and rounds at the end, four times as fast as a product in
     # float32 where the processor has bf16; a processor's fp16 product is 20 times slower, so that one goes through
     # float32, and so does whatever is not low-rank.
-    compute = torch.float32 if rest or (dtype == torch.float16 and device.type == "cpu") else dtype
-    W = weight if compute == dtype and not rest and weight.is_contiguous() else weight.to(compute, copy=True)
+    slow = weight.dtype == torch.float16 and weight.device.type == "cpu"
+    compute = torch.float32 if rest or slow else weight.dtype
+    return Summands(compute, _concatenated(low_rank, compute, weight.device, room or Room()), rest)
+
+
+def _add(weight: torch.Tensor, ready: Summands) -> None:
+    compute, low_rank, rest = ready
+    W = weight if compute == weight.dtype and not rest and weight.is_contiguous() else weight.to(compute, copy=True)
     if rest:
         pristine = weight.float()
         for module, w in rest:
             W.add_(module.dense(pristine), alpha=w)
     if low_rank:
-        up, down, alpha = _concatenated(low_rank, compute, device)
+        up, down, alpha = low_rank
         # In blocks of rows that stay in the cache it is no faster: tried with 1, 2 and 4 MiB, reading between them.
         W.flatten(1).addmm_(up, down, alpha=alpha)
     if W is not weight:
@@ -519,9 +580,11 @@ def add(weight: torch.Tensor, parts: tuple[Part, ...]) -> None:
 
 
 def _concatenated(
-    parts: Sequence[tuple[Module, float]], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+    parts: Sequence[tuple[Module, float]], dtype: torch.dtype, device: torch.device, room: Room
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
     """up (out, R), down (R, in) and a common factor, such that factor · up·down is the sum of the parts."""
+    if not parts:
+        return None
     factors = []
     for module, _ in parts:
         pair = module.factors()
@@ -531,18 +594,32 @@ def _concatenated(
         (up, down), scale = factors[0], parts[0][1]
         up, down = up.to(device, dtype), down.to(device, dtype)
         if abs(math.frexp(scale)[0]) == 0.5 and 2**-8 <= abs(scale) <= 2**8:
-            return up * scale, down, 1.0  # a power of two rounds nothing inside either, and is faster there
+            # A power of two rounds nothing inside either, and is faster there.
+            scaled = room.cut("up", (up.shape[0], up.shape[1]), dtype, device)
+            room.put(scaled, up, scale)
+            return scaled, down, 1.0
         return up, down, scale
     rank = sum(down.shape[0] for _, down in factors)
-    ups = torch.empty(factors[0][0].shape[0], rank, dtype=dtype, device=device)
-    downs = torch.empty(rank, factors[0][1].shape[1], dtype=dtype, device=device)
+    ups = room.cut("up", (factors[0][0].shape[0], rank), dtype, device)
+    downs = room.cut("down", (rank, factors[0][1].shape[1]), dtype, device)
     at = 0
     for (up, down), (_, scale) in zip(factors, parts, strict=True):
         rows = slice(at, at + down.shape[0])
-        downs[rows].copy_(down)
-        ups[:, rows].copy_(up.to(device) * scale)
+        room.put(downs[rows], down)
+        room.put(ups[:, rows], up, scale)
         at += down.shape[0]
     return ups, downs, 1.0
+
+
+def _worth_a_thread(weights: Sequence[torch.Tensor]) -> bool:
+    """Where each core has a thread of torch already, one more for the copying gets in their way and costs more than it
+    saves: on two of two cores a fuse took 3.7 ms a layer with it and 3.4 without."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    large = any(weight.device.type == "cpu" and weight.nbytes >= _LARGE for weight in weights)
+    return large and torch.get_num_threads() < cores
+
+
+_LARGE = 1 << 20  # bytes; what is smaller is read before a thread has begun
 
 
 def _name(dtype: torch.dtype) -> str:

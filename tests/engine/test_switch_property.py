@@ -112,7 +112,7 @@ def test_any_sequence_of_operations_is_exact(world: World, operations: list[Any]
     switch, transformer = world.switch, world.transformer
     done: tuple[Any, str] = ([], "fused")
     switch.apply([])
-    switch.read_ahead = 0 if len(operations[0][0]) % 2 else 1 << 20  # with a thread that reads ahead, and without
+    switch.ahead = len(operations[0][0]) % 2 == 1  # with a thread that prepares the next weight, and without
     for entries, hold, failing in operations:
         next(counted)
         wanted = [
