@@ -131,7 +131,8 @@ class Arenas:
     def write(self, path: str, layout: Layout) -> None:
         """Make one layer's matrices what `layout` says. The weights are set by `finish`."""
         self._written = True
-        layer, wanted = self._layers[path], _contents(layout, path).get(path, {})
+        layer = self._layers[path]
+        wanted = {slot.offset: (slot.rank, slot.modules[path]) for slot in layout.slots if path in slot.modules}
         rows = self._rows(layout) if wanted or self._fixed else 0
         if layer.borrowed or not rows:
             layer.A = layer.B = layer.s = None
@@ -179,18 +180,20 @@ class Arenas:
         if module.kind != "lora" or module.factor_rank != layout.rows:
             return None
         up, down = _factors(module)
-        return (down, up) if self._ready(up) and self._ready(down) else None
+        dtype, device = self._dtype, self._device
+        for t in (up, down):
+            if t.dtype != dtype or t.device != device or t.data_ptr() % 64 or not t.is_contiguous():
+                return None
+        return down, up
 
-    def _ready(self, t: torch.Tensor) -> bool:
-        return t.dtype == self._dtype and t.device == self._device and t.is_contiguous() and t.data_ptr() % 64 == 0
-
-    def finish(self, layout: Layout, strength: Callable[[int, str], float]) -> None:
-        """Set the weights: `strength(number of the slot, layer path)`."""
+    def finish(self, layout: Layout, strengths: Sequence[float | Callable[[str], float]]) -> None:
+        """Set the weights: of each slot a number, or what tells it of each layer's path."""
         if self._written or layout is not self.layout:
             self._arrange(layout)
         if not self._order:
             return
-        weights = [[strength(n, path) for n in range(len(layout.slots))] + [0.0] for path in self._order]
+        paths = self._order if any(map(callable, strengths)) else self._order[:1]
+        weights = [[s(path) if callable(s) else s for s in strengths] + [0.0] for path in paths]
         if all(row == weights[0] for row in weights):
             del weights[1:]
         spread = np.array(weights, np.float32)[:, self._slot_of_row]
@@ -244,11 +247,12 @@ class Arenas:
         slot_of_row = np.full(rows, len(layout.slots))
         for n, slot in enumerate(layout.slots):
             slot_of_row[slot.offset : slot.offset + slot.rank] = n
+            its = [module.strength for module in slot.modules.values()]
             strengths = np.zeros(len(self._order), np.float32)
-            for path, module in slot.modules.items():
-                strengths[number[path]] = module.strength
-            if len({module.strength for module in slot.modules.values()}) == 1:
-                strengths.fill(next(iter(slot.modules.values())).strength)  # times zeros where it has no module
+            if len(set(its)) == 1:
+                strengths.fill(its[0])  # times zeros where it has no module
+            else:
+                strengths[[number[path] for path in slot.modules]] = its
             scales[:, slot.offset : slot.offset + slot.rank] = strengths[:, None]
         if len(scales) > 1 and bool((scales == scales[0]).all()):
             scales = scales[:1]
@@ -262,12 +266,12 @@ def _factors(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     return factors
 
 
-def _contents(layout: Layout, only: str | None = None) -> dict[str, dict[int, tuple[int, Module]]]:
+def _contents(layout: Layout) -> dict[str, dict[int, tuple[int, Module]]]:
     """layer path -> {offset: (rank of the slot, module)}"""
     contents: dict[str, dict[int, tuple[int, Module]]] = {}
     for slot in layout.slots:
-        for path in slot.modules if only is None else (only,) if only in slot.modules else ():
-            contents.setdefault(path, {})[slot.offset] = slot.rank, slot.modules[path]
+        for path, module in slot.modules.items():
+            contents.setdefault(path, {})[slot.offset] = slot.rank, module
     return contents
 
 

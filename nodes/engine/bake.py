@@ -25,7 +25,7 @@ from .lora_write import replacing_folder
 from .pristine import PristineFiles
 from .safetensors_file import FLOATS
 from .shrink import Step, quiet
-from .switch import Target, add, plan
+from .switch import Room, Target, add, plan
 
 if TYPE_CHECKING:
     from .lora_file import Adapter
@@ -78,7 +78,7 @@ def bake(
     parameters = {name: Target(True, False) for name in shapes if name != native.TABLE}
     parts = plan({}, wanted, parameters).fused
     files = _shards(shapes, dtype.itemsize, shard)
-    done, total = 0, len(shapes)
+    done, total, room = 0, len(shapes), Room()
 
     def value(name: str) -> Tensor:
         nonlocal done
@@ -88,7 +88,7 @@ def bake(
         if name not in parts:
             return weight
         weight = weight.clone()  # its memory is used again
-        add(weight, parts[name])
+        add(weight, parts[name], room)
         low, high = torch.aminmax(weight)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise StackError(

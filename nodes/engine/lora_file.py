@@ -299,10 +299,9 @@ def _check_biases(kind: str, specs: Mapping[str, Spec], of: tuple[int, ...]) -> 
 
 
 def _modules(
-    layer: _Layer, tensors: Mapping[str, torch.Tensor], peaks: Mapping[str, float], scale: float
+    layer: _Layer, tensors: Mapping[str, torch.Tensor], scale: float
 ) -> Iterator[tuple[Module, tuple[str, ...]]]:
-    """The modules of one layer, by leaf, and the keys of the tensors that each is made of. `peaks`, where known, save
-    whoever asks for a module's bound a pass over its values."""
+    """The modules of one layer, by leaf, and the keys of the tensors that each is made of."""
     path, keys = layer.path, layer.keys
     parts = {role: tensors[key] for role, key in keys.items() if role != "alpha"}
     for role, strength in (("bias", scale), ("diff_b", 1.0)):
@@ -313,8 +312,6 @@ def _modules(
     module: Module
     if layer.kind == "lora":
         module = LoRA(path, parts["A"], parts["B"], scale)
-        if peaks:
-            module.__dict__["bound"] = peaks[keys["A"]] * peaks[keys["B"]] * module.rank * abs(scale)
     elif layer.kind == "loha":
         w1a, w1b, w2a, w2b = (parts[f"hada_w{i}_{x}"] for i in (1, 2) for x in "ab")
         module = LoHa(path, w1a, w1b, w2a, w2b, scale, layer.shape)
@@ -344,13 +341,12 @@ def read(path: Path) -> Adapter:
     with opened(path) as source:
         keys = _keys(source)
         sidecar = read_sidecar(path)
-        content = source.read(key for layer in keys.layers for key in layer.keys.values())
-    peaks = _peaks(path, content)
-    # In float: the quotient of an alpha kept in bf16 would be rounded to 8 bits.
-    alphas = {
-        layer.path: float(content.tensors[layer.keys["alpha"]].item()) for layer in keys.layers if "alpha" in layer.keys
-    }
-    return _adapter(path, source, keys, sidecar, alphas, content.tensors, peaks, content)
+        content, adapter = source.read_while(
+            [key for layer in keys.layers for key in layer.keys.values()],
+            lambda tensors: _adapter(path, source, keys, sidecar, tensors),
+        )
+    _bound(adapter, keys, _peaks(path, content))
+    return replace(adapter, content=content)
 
 
 def outline(path: Path) -> Adapter:
@@ -363,16 +359,13 @@ def outline(path: Path) -> Adapter:
     with opened(path) as source:
         keys = _keys(source)
         sidecar = read_sidecar(path)
-        named = {layer.keys["alpha"]: layer.path for layer in keys.layers if "alpha" in layer.keys}
-        in_order = [key for key in source.tensors if key in named]
-        alphas = {named[key]: value for key, value in source.numbers(in_order).items()}
-    hollow = {
-        key: torch.empty(spec.shape, dtype=FLOATS[spec.dtype], device="meta")
-        for layer in keys.layers
-        for role, key in layer.keys.items()
-        if role != "alpha" and (spec := source.tensors[key])
-    }
-    return _adapter(path, source, keys, sidecar, alphas, hollow, {}, None)
+        hollow = {
+            key: torch.empty(spec.shape, dtype=FLOATS[spec.dtype], device="meta")
+            for layer in keys.layers
+            for role, key in layer.keys.items()
+            if role != "alpha" and (spec := source.tensors[key])
+        }
+        return _adapter(path, source, keys, sidecar, hollow)
 
 
 def inspect(path: Path, sha256: str | None = None) -> dict[str, Any]:
@@ -390,11 +383,12 @@ def _adapter(
     source: Source,
     keys: _Keys,
     sidecar: Mapping[str, Any],
-    alphas: Mapping[str, float],
     tensors: Mapping[str, torch.Tensor],
-    peaks: Mapping[str, float],
-    content: Content | None,
 ) -> Adapter:
+    """Of the open file, without its content: of the data only alphas are looked at."""
+    named = {layer.keys["alpha"]: layer.path for layer in keys.layers if "alpha" in layer.keys}
+    in_order = [key for key in source.tensors if key in named] if named else []
+    alphas = {named[key]: value for key, value in source.numbers(in_order).items()}
     scaled = [layer for layer in keys.layers if layer.kind not in ("", "diff")]
     case = Case(
         path,
@@ -407,7 +401,7 @@ def _adapter(
         layout=keys.layout,
     )
     scales = decide(case)
-    found = [part for layer in keys.layers for part in _modules(layer, tensors, peaks, scales.of.get(layer.path, 1.0))]
+    found = [part for layer in keys.layers for part in _modules(layer, tensors, scales.of.get(layer.path, 1.0))]
     modules = tuple(module for module, _ in found)
     return Adapter(
         name=adapter_name(path),
@@ -429,8 +423,17 @@ def _adapter(
         blocks=_blocks(modules),
         size_bytes=source.size,
         spelt={module.name: its for module, its in found},
-        content=content,
+        content=None,
     )
+
+
+def _bound(adapter: Adapter, keys: _Keys, peaks: Mapping[str, float]) -> None:
+    """Save whoever asks for a module's bound a pass over its values."""
+    roles = {layer.path: layer.keys for layer in keys.layers}
+    for module in adapter.modules:
+        if type(module) is LoRA:
+            its = roles[module.path]
+            module.__dict__["bound"] = peaks[its["A"]] * peaks[its["B"]] * module.rank * abs(module.scale)
 
 
 def _peaks(path: Path, content: Content) -> dict[str, float]:

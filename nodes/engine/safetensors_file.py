@@ -21,13 +21,13 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ _HUGE = 4 << 20  # bytes; what is smaller is not worth pages of 2 MiB
 _LARGE = 256 << 20  # bytes; for less it is not asked whether there is room
 _PAGE = 2 << 20  # bytes
 _SPARE = 128 << 20  # bytes of memory that adapters gave back and the next may have: one of rank 128 for CogVideoX-2b
-_PART = 4 << 20  # bytes that are read at a time, a multiple of every dtype's size
+_PART = 2 << 20  # bytes that are read at a time, a multiple of every dtype's size
 HEADER_KEPT = 256 << 10  # bytes; longer ones are not remembered
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -73,6 +73,8 @@ _MAGICS = (  # what a file that is no safetensors begins with, and what to say
     (b"<", "a web page, not the file itself. Download it again with the site's download button"),
 )
 
+T = TypeVar("T")
+_helper = ThreadPoolExecutor(1, "adapter file")  # one for all reads: a thread of its own begins 0.3 ms later
 _spare: dict[int, np.ndarray] = {}  # areas that nobody looks at, by when they came back
 _numbers = itertools.count()
 
@@ -130,6 +132,7 @@ class Source:
     head: bytes  # the length of the header, and the header
     _file: BufferedReader
     _modified: int  # ns
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # of the file's position
 
     def read(self, keep: Iterable[str]) -> Content:
         """The whole file in one piece, and of its tensors those named, which have a dtype of FLOATS or WHOLE.
@@ -137,6 +140,10 @@ class Source:
         Raises:
             AdapterUnreadable: the file changed under the reader, or there is no memory for it.
         """
+        return self.read_while(keep, lambda tensors: None)[0]
+
+    def read_while(self, keep: Iterable[str], make: Callable[[Mapping[str, torch.Tensor]], T]) -> tuple[Content, T]:
+        """As `read`, and what `make` made meanwhile of the tensors: they have their shapes, and no values yet."""
         count = self.size - len(self.head)
         # ComfyUI calls from inference mode; tensors made there could not be used in training.
         with _readable(self.path), torch.inference_mode(False):
@@ -151,11 +158,12 @@ class Source:
                 raise _refusal(self.path, f"no memory for its {count:,} bytes") from None
             dtypes = {spec.dtype for spec in self.tensors.values()}
             tensors: dict[str, torch.Tensor] = {}
-            done, peak = self._fill(
-                body,
-                FLOATS.get(dtypes.pop()) if len(dtypes) == 1 else None,
-                lambda: tensors.update((name, _view(body, self.tensors[name])) for name in keep),
-            )
+
+            def meanwhile() -> T:
+                tensors.update(_views(body, ((name, self.tensors[name]) for name in keep)))
+                return make(tensors)
+
+            done, peak, made = self._fill(body, FLOATS.get(dtypes.pop()) if len(dtypes) == 1 else None, meanwhile)
             if done != count:
                 raise self._changed("got shorter")
             status = os.fstat(self._file.fileno())
@@ -169,44 +177,51 @@ class Source:
                 if spec.begin % tensor.itemsize:
                     tensor.view(-1).view(torch.uint8).copy_(body[spec.begin : spec.end])
                     copied += tensor.nbytes
-        return Content(tensors, len(self.head) + count + copied, peak, self.head, body)
+        return Content(tensors, len(self.head) + count + copied, peak, self.head, body), made
 
     def _fill(
-        self, body: torch.Tensor, dtype: torch.dtype | None, meanwhile: Callable[[], None]
-    ) -> tuple[int, float | None]:
+        self, body: torch.Tensor, dtype: torch.dtype | None, meanwhile: Callable[[], T]
+    ) -> tuple[int, float | None, T]:
         """Read the data, as much as there is, and look through it when all of it is of one dtype, in two threads: each
         looks through a part while that is in its core's cache. Where one read and the other looked, it took a quarter
         longer. `meanwhile` is called while the helper is at work.
 
         Returns:
-            bytes read; the largest size of an element, NaN where there is one, None without a dtype.
+            bytes read; the largest size of an element, NaN where there is one, None without a dtype; what `meanwhile`
+            made.
         """
-        array, starts, lock = body.numpy(), iter(range(0, len(body), _PART)), threading.Lock()
+        memory, starts = [body.numpy()], iter(range(0, len(body), _PART))
 
         def work() -> tuple[int, int]:
             done = peak = 0
             for at in starts:  # whose next is one step to Python, so that both get parts of their own
-                part = array[at : at + _PART]
-                count = self._read_at(part.data, len(self.head) + at, lock)
+                part = memory[0][at : at + _PART]
+                count = self._read_at(part.data, len(self.head) + at)
                 done += count
                 if dtype is not None and count == len(part):
                     peak = max(peak, _magnitude(part, dtype.itemsize))
             return done, peak
 
-        with ThreadPoolExecutor(1) if len(array) > _PART else contextlib.nullcontext() as helper:
-            its = helper.submit(work) if helper else None
-            meanwhile()
+        helping = _helper.submit(work) if len(body) > _PART else None
+        try:
+            made = meanwhile()
             done, peak = work()
-            if its:
-                done, peak = done + its.result()[0], max(peak, its.result()[1])
+        finally:  # also after an error, nobody writes to this memory any more
+            for _ in starts:
+                pass
+            if helping and not helping.cancel():  # it can be when the helper is still at another file
+                wait([helping])
+            memory.clear()  # the helper forgets its task a little later, and would hold it as long
+        if helping and not helping.cancelled():
+            done, peak = done + helping.result()[0], max(peak, helping.result()[1])
         if dtype is None:
-            return done, None
-        return done, torch.tensor(peak, dtype=_INTEGERS[dtype.itemsize]).view(dtype).item()
+            return done, None, made
+        return done, torch.tensor(peak, dtype=_INTEGERS[dtype.itemsize]).view(dtype).item(), made
 
-    def _read_at(self, part: memoryview, at: int, lock: threading.Lock) -> int:
+    def _read_at(self, part: memoryview, at: int) -> int:
         """Bytes that were there to be read."""
         if not hasattr(os, "preadv"):  # Windows
-            with lock:
+            with self._lock:
                 self._file.seek(at)
                 return self._file.readinto(part)
         done = 0
@@ -224,8 +239,9 @@ class Source:
         with _readable(self.path), torch.inference_mode(False):
             for name in names:
                 spec = self.tensors[name]
-                self._file.seek(len(self.head) + spec.begin)
-                raw = self._file.read(spec.end - spec.begin)
+                with self._lock:
+                    self._file.seek(len(self.head) + spec.begin)
+                    raw = self._file.read(spec.end - spec.begin)
                 if len(raw) != spec.end - spec.begin:
                     raise self._changed("got shorter")
                 values[name] = float(torch.frombuffer(bytearray(raw), dtype=_TORCH[spec.dtype]).item())
@@ -289,12 +305,24 @@ def _magnitude(part: np.ndarray, itemsize: int) -> int:
     return max(positive, negative & (1 << 8 * itemsize - 1) - 1)
 
 
-def _view(body: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """Of the body, which may still be empty; room for a copy where it is not aligned to the dtype."""
-    dtype = _TORCH[spec.dtype]
-    if spec.begin % dtype.itemsize:  # the body itself is aligned, to 16 bytes at least
-        return torch.empty(spec.shape, dtype=dtype)
-    return body[spec.begin : spec.end].view(dtype).view(spec.shape)
+def _views(body: torch.Tensor, specs: Iterable[tuple[str, Spec]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of the body, which may still be empty; room for a copy where one is not aligned to its dtype. In one step for
+    each: a view of a view of a slice of it takes twice as long, and there are hundreds."""
+    whole: dict[str, Callable[..., torch.Tensor]] = {}
+    for name, spec in specs:
+        dtype, shape = _TORCH[spec.dtype], spec.shape
+        at, rest = divmod(spec.begin, dtype.itemsize)
+        if rest:  # the body itself is aligned, to 16 bytes at least
+            yield name, torch.empty(shape, dtype=dtype)
+            continue
+        cut = whole.get(spec.dtype)
+        if cut is None:
+            cut = whole[spec.dtype] = body[: len(body) - len(body) % dtype.itemsize].view(dtype).as_strided
+        yield name, cut(shape, (shape[1], 1) if len(shape) == 2 else _strides(shape), at)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def sha256_of(path: Path) -> str:

@@ -46,6 +46,11 @@ class Held(NamedTuple):
     hold: str  # fused, stacked, or both: each parameter in the way it can be
 
     @property
+    def even(self) -> bool:
+        """The same in every layer, whatever the path."""
+        return len(self.strengths) == 1 and type(self.strengths[0]) is float
+
+    @property
     def weight(self) -> float:
         """Without what blocks make of it."""
         if len(self.strengths) == 1 and type(self.strengths[0]) is float:
@@ -119,20 +124,10 @@ def plan(
     Raises:
         AdapterMismatch: a parameter that the base does not have. StackError: one that cannot hold this kind.
     """
-    wanted = tuple(wanted)
-    alike: dict[tuple[object, ...], set[int]] = {}
-    for adapter, _ in wanted:
-        alike.setdefault(_content(adapter), set()).add(id(adapter))
-    groups: dict[tuple[object, ...], list[tuple[Adapter, float | Strength]]] = {}
-    for adapter, strength in wanted:
-        content = _content(adapter)
-        # Two files that look alike from their samples: only now is the whole of them worth a hash.
-        key = (*content, adapter.sha256) if len(alike[content]) > 1 else content
-        groups.setdefault(key, []).append((adapter, strength))
     held: list[Held] = []
     fused: dict[str, list[Part]] = {}
     stacked: list[tuple[Held, Mapping[str, Module]]] = []
-    for _, group in sorted(groups.items()):
+    for group in _grouped(tuple(wanted)):
         adapter, strengths = group[0][0], tuple(sorted((s for _, s in group), key=str))
         prefer = hold if isinstance(hold, str) else hold(adapter, strengths)
         one = Held(adapter, strengths, prefer)
@@ -161,6 +156,22 @@ def plan(
     after = {name: tuple(parts) for name, parts in fused.items()}
     changed = tuple(name for name in sorted({*current, *after}) if not _same(current.get(name), after.get(name)))
     return Plan(tuple(held), after, changed, tuple(stacked))
+
+
+def _grouped(wanted: Sequence[tuple[Adapter, float | Strength]]) -> list[list[tuple[Adapter, float | Strength]]]:
+    """Entries of one adapter together, sorted by what it does and not by its name or place."""
+    if len(wanted) == 1:  # nothing to compare: a new file need not be hashed before it is seen
+        return [[*wanted]]
+    alike: dict[tuple[object, ...], set[int]] = {}
+    for adapter, _ in wanted:
+        alike.setdefault(_content(adapter), set()).add(id(adapter))
+    groups: dict[tuple[object, ...], list[tuple[Adapter, float | Strength]]] = {}
+    for adapter, strength in wanted:
+        content = _content(adapter)
+        # Two files that look alike from their samples: only now is the whole of them worth a hash.
+        key = (*content, adapter.sha256) if len(alike[content]) > 1 else content
+        groups.setdefault(key, []).append((adapter, strength))
+    return [group for _, group in sorted(groups.items())]
 
 
 def _stacks(module: Module, target: Target, held: Held) -> bool:
@@ -395,7 +406,7 @@ class Switch:
     def _weigh(self, layout: Layout, held: Sequence[Held]) -> None:
         of = {id(one.adapter): one for one in held}
         slots = [of[id(slot.adapter)] for slot in layout.slots]
-        self._arenas.finish(layout, lambda n, path: slots[n].of(path))
+        self._arenas.finish(layout, [one.weight if one.even else one.of for one in slots])
 
     def _roll_back(self, fused: Iterable[str], rows: Iterable[str], layout: Layout, held: Sequence[Held]) -> None:
         try:
@@ -546,10 +557,10 @@ class Summands(NamedTuple):
     rest: tuple[Part, ...]
 
 
-def add(weight: torch.Tensor, parts: tuple[Part, ...]) -> None:
+def add(weight: torch.Tensor, parts: tuple[Part, ...], room: Room | None = None) -> None:
     """Add the parts to the pristine weight, in place, with one rounding of the whole sum to its dtype: one per adapter
     would leave 42 % of four adapters' elements off the correctly rounded sum."""
-    _add(weight, summands(weight, parts))
+    _add(weight, summands(weight, parts, room))
 
 
 def summands(weight: torch.Tensor, parts: tuple[Part, ...], room: Room | None = None) -> Summands:

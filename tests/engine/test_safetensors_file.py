@@ -7,7 +7,8 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from nodes.engine import safetensors_file
+from nodes.engine.errors import AdapterUnreadable
 from nodes.engine.safetensors_file import FLOATS, Content, opened, write
 
 MIB = 1 << 20
@@ -83,6 +85,31 @@ def test_one_adapter_after_another_takes_no_more_memory(tmp_path: Path) -> None:
     seen = {read(files[n % 3]).tensors["x"].data_ptr() for n in range(30)}
     assert len(seen) == 1
     assert spare() < SIZE + 3 * MIB
+
+
+def test_what_fails_meanwhile_ends_the_reading_and_gives_the_memory_back(tmp_path: Path) -> None:
+    file = filled(tmp_path / "x.safetensors", 1.0)
+
+    def fails(tensors: Mapping[str, torch.Tensor]) -> None:
+        assert tensors["x"].shape == (SIZE // 4,)
+        raise AdapterUnreadable("the scale cannot be")
+
+    with opened(file) as source, pytest.raises(AdapterUnreadable, match="the scale cannot be"):
+        source.read_while(["x"], fails)
+    gc.collect()
+    assert spare() >= SIZE
+    area = next(iter(safetensors_file._spare.values()))
+    area[:] = 7
+    assert ends(read(file).tensors["x"]) == (1.0, 1.0)
+
+
+def test_two_threads_read_while_one_helper_serves_both(tmp_path: Path) -> None:
+    """Who finds the helper at another file reads alone, and gets the whole of it."""
+    files = [filled(tmp_path / f"{n}.safetensors", float(n + 1), 4 * SIZE) for n in range(4)]
+    with ThreadPoolExecutor(4) as readers:
+        for _ in range(5):
+            found = list(readers.map(lambda file: read(file).tensors["x"].unique().tolist(), files))
+            assert found == [[1.0], [2.0], [3.0], [4.0]]
 
 
 def test_what_is_kept_for_the_next_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from nodes.engine.lora_kinds import DoRA, Full, LoHa, LoKr, LoRA, Module
 from nodes.engine.lora_stack import Blocks, Strength
 from nodes.engine.pipeline import load_transformer
 from nodes.engine.pristine import PristineFiles, checksum
-from nodes.engine.switch import Held, Switch, Target, plan
+from nodes.engine.switch import Held, Room, Switch, Target, add, plan
 from tests import tiny
 
 HOLDS = ("fused", "stacked")
@@ -271,6 +271,44 @@ def test_weight_zero_is_absent_and_one_adapter_twice_is_the_sum(checkpoints: Pat
     assert same(expected, weights(transformer))
     switch.apply([(one, 0.5), (one, -0.5)])
     assert switch.differing() == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_memory_that_is_used_again_changes_no_bit(dtype: torch.dtype):
+    """Layers of several sizes after one another, larger than what torch shares out, in one room: as in fresh memory."""
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    rooms = [Room(in_pieces=True), Room()]
+    for out, into, kinds in (
+        (700, 640, (dtype, torch.bfloat16)),
+        (64, 900, (torch.float32,)),
+        (900, 700, (dtype, dtype)),
+    ):
+        weight = matrix(out, into).to(dtype)
+        modules = [LoRA("layer", matrix(96, into).to(kind), matrix(out, 96).to(kind), 0.3) for kind in kinds]
+        for strengths in ((1.0, 0.5), (-0.7, 1 / 0.3)):
+            parts = tuple(zip(modules, strengths, strict=False))
+            expected = weight.clone()
+            add(expected, parts)
+            assert not torch.equal(expected, weight)
+            for room in rooms:
+                again = weight.clone()
+                add(again, parts, room)
+                assert torch.equal(again, expected)
+
+
+def test_a_new_adapter_alone_is_not_hashed_before_it_acts(checkpoints: Path, adapters):
+    """There is nothing that it could be mistaken for; beside another one there is."""
+    _, switch = fresh(checkpoints)
+    for hold in HOLDS:
+        switch.apply([(adapters[0], 1.0)], hold=hold)
+        assert "fingerprint" not in adapters[0].content.__dict__
+    switch.apply([(adapters[0], 1.0), (adapters[1], 1.0)])
+    assert "fingerprint" in adapters[0].content.__dict__
+    assert len(switch.state) == 2
 
 
 def test_only_what_changes_is_written(checkpoints: Path, adapters):
