@@ -11,7 +11,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ class Contestant:
     before: Callable[[int], object] = _nothing  # not timed
     after: Callable[[int], object] = _nothing
     inner: int = 1  # calls per sample, for what a single call is too short to be timed
+    part: Stopwatch | None = None  # counts instead of the whole, which is kept beside it
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Times:
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    whole: list[tuple[float, float]] = field(default_factory=list)  # wall and CPU, where a part of it was to be timed
 
     @property
     def median(self) -> float:
@@ -61,6 +63,8 @@ def race(contestants: Sequence[Contestant], rounds: int, device: torch.device) -
         turn = round_ % len(contestants)
         for contestant in (*contestants[turn:], *contestants[:turn]):
             contestant.before(round_)
+            if contestant.part:
+                contestant.part.taken()
             gc.collect()
             gc.disable()
             try:
@@ -73,7 +77,11 @@ def race(contestants: Sequence[Contestant], rounds: int, device: torch.device) -
             finally:
                 gc.enable()
             contestant.after(round_)
+            whole = wall, cpu
+            if contestant.part:
+                wall, cpu = contestant.part.taken()
             if round_:
+                times[contestant.name].whole.append(whole)
                 times[contestant.name].wall.append(wall / contestant.inner)
                 times[contestant.name].cpu.append(cpu / contestant.inner)
     return times
@@ -82,6 +90,29 @@ def race(contestants: Sequence[Contestant], rounds: int, device: torch.device) -
 def settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """The time that is spent in some modules, with the hooks that they had before. On a CPU: nothing is waited for."""
+
+    def __init__(self, modules: Iterable[Any]) -> None:
+        self.wall = self.cpu = 0.0
+        for module in modules:
+            module.register_forward_pre_hook(self._begin)
+            module.register_forward_hook(self._end)
+
+    def _begin(self, *_: object) -> None:
+        self.wall -= time.perf_counter()
+        self.cpu -= time.process_time()
+
+    def _end(self, *_: object) -> None:
+        self.wall += time.perf_counter()
+        self.cpu += time.process_time()
+
+    def taken(self) -> tuple[float, float]:
+        """Seconds since the last call, of wall and of CPU time."""
+        found, self.wall, self.cpu = (self.wall, self.cpu), 0.0, 0.0
+        return found
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import switch as benchmark
-from benchmarks.clock import Contestant, growth, race
+from benchmarks.clock import Contestant, Stopwatch, growth, race
 from benchmarks.material import SIZES, Materials, load
 from benchmarks.peers import Patched
 from nodes.engine import lora_file
@@ -157,6 +158,20 @@ def test_a_race_gives_each_its_turn():
     ]  # fmt: skip
     assert log[7:10] == [("before b", 1), ("b", 1), ("after b", 1)]
     assert [n for name, n in log if name == "a"] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_part_of_what_is_done_can_be_timed():
+    watched, other = torch.nn.Linear(300, 300), torch.nn.Linear(300, 300)
+    seen: list[tuple[float, float]] = []
+    watched.register_forward_hook(lambda *_: seen.append((watch.wall, time.perf_counter())))
+    watch = Stopwatch([watched])
+    x = torch.randn(500, 300)
+    times = race([Contestant("a", lambda _: other(watched(x)), before=lambda _: watched(x), part=watch)], 3, CPU)["a"]
+    assert len(times.wall) == len(times.whole) == 3
+    for part, (whole, _) in zip(times.wall, times.whole, strict=True):
+        assert 0 < part < whole  # without the other layer, and without what came before
+    assert all(begun < 0 < now + begun for begun, now in seen)  # a hook that was there before belongs to it
+    assert watch.taken() == (0.0, 0.0)
 
 
 def test_materials_are_made_once(tmp_path: Path):
