@@ -431,9 +431,10 @@ def _bound(adapter: Adapter, keys: _Keys, peaks: Mapping[str, float]) -> None:
     """Save whoever asks for a module's bound a pass over its values."""
     roles = {layer.path: layer.keys for layer in keys.layers}
     for module in adapter.modules:
-        if type(module) is LoRA:
+        if isinstance(module, LoRA):
             its = roles[module.path]
-            module.__dict__["bound"] = peaks[its["A"]] * peaks[its["B"]] * module.rank * abs(module.scale)
+            bound = peaks[its["A"]] * peaks[its["B"]] * module.rank * abs(module.scale)
+            object.__setattr__(module, "bound", bound)  # a value of the cache, not of the frozen ones
 
 
 def _peaks(path: Path, content: Content) -> dict[str, float]:

@@ -13,6 +13,7 @@ at run time), and the dense difference. All of them are linear in the weight: ha
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -24,7 +25,7 @@ FACTORS_CAP = 512  # a module whose factors are of a higher rank than this is ch
 
 
 @dataclass(frozen=True, eq=False)
-class Module:
+class Module(ABC):
     """What an adapter adds to the parameter `path.leaf` at weight 1.0. Tensors are on the CPU, as the file has them."""
 
     path: str  # of the layer, as diffusers names it
@@ -39,9 +40,9 @@ class Module:
         return f"{self.path}.{self.leaf}"
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Of the parameter that it was made for."""
-        raise NotImplementedError
 
     @property
     def rank(self) -> int:
@@ -49,9 +50,9 @@ class Module:
         return 0
 
     @property
+    @abstractmethod
     def strength(self) -> float:
         """The true scale: the factor at which weight 1.0 means "as trained"."""
-        raise NotImplementedError
 
     @property
     def factor_rank(self) -> int:
