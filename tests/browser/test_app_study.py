@@ -353,9 +353,10 @@ def test_a_sweep_is_stopped_and_goes_on(visit: Any, app: Server):
     here.fill("sweep-name", "stopped")
     here.at("sweep-start").click()
     expect(here.at("sweep-progress").locator(".cl-said")).to_contain_text("of 60")
+    expect(here.at("sweep-start")).to_be_disabled()
     here.at("sweep-stop").click()
+    expect(here.at("sweep-start")).to_be_enabled()  # from then on no report can come late
     assert "goes on" in done(here, "sweep-progress")
-    expect(here.at("sweep-start")).to_be_enabled()
     assert (app.output / "studies" / "stopped" / "study.json").is_file()
     log = app.output / "studies" / "stopped" / "log.jsonl"
     before = log.read_text(encoding="utf-8").count("\n") if log.exists() else 0
