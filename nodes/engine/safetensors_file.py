@@ -74,7 +74,7 @@ _MAGICS = (  # what a file that is no safetensors begins with, and what to say
 )
 
 T = TypeVar("T")
-_helper = ThreadPoolExecutor(1, "adapter file")  # one for all reads: a thread of its own begins 0.3 ms later
+_helper = ThreadPoolExecutor(1, "adapter-file")  # one for all reads: a thread of its own begins 0.3 ms later
 _spare: dict[int, np.ndarray] = {}  # areas that nobody looks at, by when they came back
 _numbers = itertools.count()
 
