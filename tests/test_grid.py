@@ -25,6 +25,8 @@ from nodes.workflow import run_workflow
 
 from . import tiny
 
+pytestmark = pytest.mark.heavy  # real models: the default run stays below ten minutes
+
 PROMPTS = "a red circle\n# not this one\n\na blue square"
 SMALL = {"steps": 2, "frames": 9, "prompts": PROMPTS, "seeds": "3", "name": "mine"}
 

@@ -28,6 +28,8 @@ from nodes.model import choose_base
 from nodes.train import trainable
 from tests import tiny
 
+pytestmark = pytest.mark.heavy  # real models: the default run stays below ten minutes
+
 LORAS = Path(__file__).resolve().parents[2] / "demo" / "loras"
 DEMO = Base(folder=str(DEMO_FOLDER / "cogloom-demo"), dtype="fp32", device="cpu")
 FEW = Draws(per_item=2)

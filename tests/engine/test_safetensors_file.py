@@ -105,7 +105,7 @@ def test_what_fails_meanwhile_ends_the_reading_and_gives_the_memory_back(tmp_pat
 
 def test_two_threads_read_while_one_helper_serves_both(tmp_path: Path) -> None:
     """Who finds the helper at another file reads alone, and gets the whole of it."""
-    files = [filled(tmp_path / f"{n}.safetensors", float(n + 1), 4 * SIZE) for n in range(4)]
+    files = [filled(tmp_path / f"{n}.safetensors", float(n + 1)) for n in range(4)]
     with ThreadPoolExecutor(4) as readers:
         for _ in range(5):
             found = list(readers.map(lambda file: read(file).tensors["x"].unique().tolist(), files))

@@ -25,6 +25,8 @@ from nodes.engine.take import Adapted, Whole, clean, find, gather
 
 from .test_sat import Call, pickled, sat_model
 
+pytestmark = pytest.mark.heavy  # real models: the default run stays below ten minutes
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:

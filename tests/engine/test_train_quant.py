@@ -27,6 +27,8 @@ from nodes.host import LocalHost
 from nodes.model import choose_base
 from nodes.train import trainable
 
+pytestmark = pytest.mark.heavy  # real models: the default run stays below ten minutes
+
 FRAMES, SIDE = 9, 32
 
 
