@@ -341,7 +341,7 @@ def read(path: Path) -> Adapter:
     with opened(path) as source:
         keys = _keys(source)
         sidecar = read_sidecar(path)
-        content, adapter = source.read_while(
+        content, adapter = source.read(
             [key for layer in keys.layers for key in layer.keys.values()],
             lambda tensors: _adapter(path, source, keys, sidecar, tensors),
         )

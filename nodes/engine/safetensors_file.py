@@ -134,16 +134,13 @@ class Source:
     _modified: int  # ns
     _lock: threading.Lock = field(default_factory=threading.Lock)  # of the file's position
 
-    def read(self, keep: Iterable[str]) -> Content:
-        """The whole file in one piece, and of its tensors those named, which have a dtype of FLOATS or WHOLE.
+    def read(self, keep: Iterable[str], make: Callable[[Mapping[str, torch.Tensor]], T]) -> tuple[Content, T]:
+        """The whole file in one piece, and of its tensors those named, which have a dtype of FLOATS or WHOLE; and what
+        `make` made of them meanwhile, when they have their shapes, and no values yet.
 
         Raises:
-            AdapterUnreadable: the file changed under the reader, or there is no memory for it.
+            AdapterUnreadable: the file changed under the reader, or there is no memory for it. What `make` raises.
         """
-        return self.read_while(keep, lambda tensors: None)[0]
-
-    def read_while(self, keep: Iterable[str], make: Callable[[Mapping[str, torch.Tensor]], T]) -> tuple[Content, T]:
-        """As `read`, and what `make` made meanwhile of the tensors: they have their shapes, and no values yet."""
         count = self.size - len(self.head)
         # ComfyUI calls from inference mode; tensors made there could not be used in training.
         with _readable(self.path), torch.inference_mode(False):

@@ -415,8 +415,8 @@ class Switch:
             for path in rows:
                 self._arenas.write(path, layout)
             self._weigh(layout, held)
-        except BaseException:
-            self.spoiled = True  # the owner drops this base and loads it again
+        except BaseException:  # also a stop: half undone, the owner drops this base and loads it again
+            self.spoiled = True
             raise
 
     def _write_all(self, target: Plan, check: Callable[[], None], done: list[str]) -> None:

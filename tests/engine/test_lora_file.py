@@ -691,7 +691,7 @@ def test_a_file_that_changes_under_the_reader_is_refused(tmp_path: Path, change:
     with safetensors_file.opened(path) as source:
         os.truncate(path, source.size + change)
         with pytest.raises(AdapterUnreadable, match=rf"it (got )?{said} while it was read"):
-            source.read(source.tensors)
+            source.read(source.tensors, len)
 
 
 def test_a_file_that_is_written_to_under_the_reader_is_refused(tmp_path: Path) -> None:
@@ -699,7 +699,7 @@ def test_a_file_that_is_written_to_under_the_reader_is_refused(tmp_path: Path) -
     with safetensors_file.opened(path) as source:
         os.utime(path, ns=(0, 1_000_000_000))
         with pytest.raises(AdapterUnreadable, match="it was written to while it was read"):
-            source.read(source.tensors)
+            source.read(source.tensors, len)
 
 
 def test_alphas_are_looked_up_without_the_rest_and_a_file_cut_short_is_refused(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def filled(path: Path, value: float, size: int = SIZE) -> Path:
 
 def read(path: Path) -> Content:
     with opened(path) as source:
-        return source.read(list(source.tensors))
+        return source.read(source.tensors, len)[0]
 
 
 def ends(values: Any) -> tuple[float, float]:
@@ -95,7 +95,7 @@ def test_what_fails_meanwhile_ends_the_reading_and_gives_the_memory_back(tmp_pat
         raise AdapterUnreadable("the scale cannot be")
 
     with opened(file) as source, pytest.raises(AdapterUnreadable, match="the scale cannot be"):
-        source.read_while(["x"], fails)
+        source.read(["x"], fails)
     gc.collect()
     assert spare() >= SIZE
     area = next(iter(safetensors_file._spare.values()))
@@ -103,7 +103,7 @@ def test_what_fails_meanwhile_ends_the_reading_and_gives_the_memory_back(tmp_pat
     assert ends(read(file).tensors["x"]) == (1.0, 1.0)
 
 
-def test_two_threads_read_while_one_helper_serves_both(tmp_path: Path) -> None:
+def test_readers_at_once_share_one_helper(tmp_path: Path) -> None:
     """Who finds the helper at another file reads alone, and gets the whole of it."""
     files = [filled(tmp_path / f"{n}.safetensors", float(n + 1)) for n in range(4)]
     with ThreadPoolExecutor(4) as readers:
